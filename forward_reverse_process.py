@@ -1,0 +1,386 @@
+"""A denoising diffusion model: the mathematics and the network.
+
+Take an image x_0 and mix in a little Gaussian noise, T times over, until nothing but noise is left. That is the forward
+process, and it needs no learning. Then train a network to say which noise was mixed in. Whoever knows the noise can take a
+little of it away again: that is the reverse process, and started from pure noise it draws new images.
+
+    NoiseScheduler                 how much noise at which step: q(x_t | x_0), its posterior, and one reverse step
+    SinusoidalPositionalEmbedding  the timestep as a vector that a network can read
+    UNet                           eps_theta(x_t, t), the network that predicts the noise
+
+Symbols in the papers and their names here:
+
+    x_0, x_t          clean image, image at timestep t           x_0, x_t
+    eps               the noise in x_t, drawn from N(0, I)       noise
+    eps_theta         the network's prediction of it             noise_pred
+    beta_t            variance of the noise that step t adds     betas
+    alpha_t           1 - beta_t                                 alphas
+    alpha-bar_t       alpha_0 * ... * alpha_t                    alphas_cumprod
+    alpha-bar_{t-1}   the same, one step earlier                 alphas_cumprod_prev
+    beta-tilde_t      variance of q(x_{t-1} | x_t, x_0)          posterior_variance
+    T                 how many timesteps there are               num_timesteps
+
+Conventions. Timesteps count from 0: x_t at t = 0 has been noised once, at t = T - 1 it is noise and nothing else, and t = -1
+stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) Pixels lie in [-1, 1].
+
+Papers, as cited below:
+
+    DDPM              Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
+    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
+    Improved DDPM     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672
+    Salimans, Ho      2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512
+    Transformer       Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The schedule, the forward process, the reverse step
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def cosine_betas(num_timesteps: int) -> Tensor:
+    """Betas for which alpha-bar follows a squared cosine (Improved DDPM, eq. 17): float64 [T].
+
+        alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  u in [0, 1],  s = 0.008
+
+    The linear schedule destroys an image long before t = T and wastes the steps after that; the cosine spreads the loss of
+    signal evenly. s keeps the first betas from vanishing. T betas need the curve at T + 1 points, u = 0 among them.
+    """
+    s = 0.008
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # f(1) = 0 would make the last beta 1, and x_0 unrecoverable
+
+
+def linear_betas(num_timesteps: int) -> Tensor:
+    """Betas rising on a straight line (DDPM, section 4): float64 [T].
+
+    The paper's 1e-4 ... 0.02 is meant for T = 1000. Another T scales them by 1000 / T, or noise would not be reached.
+    """
+    scale = 1000 / num_timesteps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+
+
+class NoiseScheduler(nn.Module):
+    """How much noise an image holds at every timestep, how to add it and how to take one step back.
+
+    It has nothing to learn. It is an `nn.Module` so that `.to(device)` moves its tables, buffers of shape [T] in PyTorch's
+    default dtype, float32. They are computed in float64: near t = 0, 1 - alpha-bar is so small that float32 would round a
+    thousandth of it away.
+
+    Args:
+        num_timesteps: T, at least 2.
+        schedule: "cosine" (Improved DDPM) or "linear" (DDPM).
+
+    Raises:
+        ValueError: for any other T or schedule.
+    """
+
+    def __init__(self, num_timesteps: int = 1000, schedule: str = "cosine") -> None:
+        super().__init__()
+        if num_timesteps < 2:
+            raise ValueError(f"num_timesteps must be at least 2, not {num_timesteps}")
+        if schedule not in ("cosine", "linear"):
+            raise ValueError(f'schedule must be "cosine" or "linear", not "{schedule}"')
+        self.num_timesteps = num_timesteps
+        self.schedule = schedule
+
+        betas = cosine_betas(num_timesteps) if schedule == "cosine" else linear_betas(num_timesteps)
+        alphas = 1 - betas
+        alphas_cumprod = torch.cumprod(alphas, dim=0)
+        alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        # The last x_t must hold no trace of x_0: sampling starts there from noise that knows nothing of any image.
+        assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
+
+        # q(x_{t-1} | x_t, x_0) is a Gaussian; DDPM eq. 7 gives its mean, a weighted sum of x_0 and x_t, and its variance.
+        tables = {
+            "betas": betas,
+            "alphas": alphas,
+            "alphas_cumprod": alphas_cumprod,
+            "alphas_cumprod_prev": alphas_cumprod_prev,
+            "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
+            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+            "sqrt_alphas_cumprod_prev": alphas_cumprod_prev.sqrt(),
+            "sqrt_one_minus_alphas_cumprod_prev": (1 - alphas_cumprod_prev).sqrt(),
+            "posterior_mean_coef_x_0": alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod),
+            "posterior_mean_coef_x_t": alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
+            "posterior_variance": betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
+        }
+        for name, table in tables.items():
+            # Not saved with a model, since num_timesteps and schedule say it all.
+            self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
+
+    def add_noise(self, x_0: Tensor, t: Tensor | int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The forward process in one jump: draw x_t from q(x_t | x_0) (DDPM, eq. 4).
+
+            x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
+
+        A sum of Gaussians is a Gaussian, so t small steps are one large one and training may visit any t directly.
+
+        Args:
+            x_0: clean images in [-1, 1], [B, C, H, W].
+            t: timesteps in 0 ... T - 1, int64 [B], or one int for all.
+            noise: eps, shaped like x_0; drawn from N(0, I) if not given.
+
+        Returns:
+            x_t and the noise in it, both shaped like x_0.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_0)
+        x_t = look_up(self.sqrt_alphas_cumprod, t) * x_0 + look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise
+        return x_t, noise
+
+    def predict_x0(self, x_t: Tensor, t: Tensor | int, noise_pred: Tensor) -> Tensor:
+        """`add_noise` solved for x_0 (DDPM, eq. 15), not clamped: [B, C, H, W].
+
+            x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
+        """
+        noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
+        return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
+
+    def predict_noise(self, x_t: Tensor, t: Tensor | int, x_0: Tensor) -> Tensor:
+        """`add_noise` solved for the noise: [B, C, H, W].
+
+            eps = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t)
+        """
+        return (x_t - look_up(self.sqrt_alphas_cumprod, t) * x_0) / look_up(self.sqrt_one_minus_alphas_cumprod, t)
+
+    def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Mean [B, C, H, W] and variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (DDPM, eq. 6 and 7).
+
+            mean     = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t) x_0
+                     + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
+            variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
+
+        The step back, if x_0 were known. At t = 0 it is x_0 itself, with variance 0.
+        """
+        mean = look_up(self.posterior_mean_coef_x_0, t) * x_0 + look_up(self.posterior_mean_coef_x_t, t) * x_t
+        return mean, look_up(self.posterior_variance, t)
+
+    def step(
+        self,
+        noise_pred: Tensor,
+        t: Tensor | int,
+        x_t: Tensor,
+        t_prev: Tensor | int | None = None,
+        eta: float = 1.0,
+        noise: Tensor | None = None,
+        clamp: bool = True,
+    ) -> Tensor:
+        """The reverse process: from x_t to x_{t_prev}, less noisy (DDIM, eq. 12 and 16).
+
+            x_{t_prev} = sqrt(alpha-bar_prev) x_0                              the image that the network believes in
+                       + sqrt(1 - alpha-bar_prev - sigma^2) eps_theta          the noise it sees, less of it
+                       + sigma z,  z ~ N(0, I)                                 some of it new
+            sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t)) sqrt(1 - alpha-bar_t / alpha-bar_prev)
+
+        eta = 1 and t_prev = t - 1 is DDPM's ancestral step: the mean is that of eq. 7, and sigma^2 is beta-tilde_t (Algorithm
+        2). eta = 0 is DDIM: no new noise, so the starting noise alone decides the image. t_prev may lie many steps back.
+
+        Args:
+            noise_pred: eps_theta(x_t, t), shaped like x_t.
+            t: timesteps in 0 ... T - 1, int64 [B], or one int for all.
+            x_t: noisy images, [B, C, H, W].
+            t_prev: where to go, below t, like t; -1 is the clean image. None is t - 1.
+            eta: share of DDPM's randomness, 0 to 1.
+            noise: z, shaped like x_t; drawn if not given.
+            clamp: keep the predicted x_0 in [-1, 1], where images live. Early on it is a difference of large numbers and may
+                land far outside; without the clamp such errors feed on themselves. (Clamping x_t would cut off real noise.)
+
+        Raises:
+            ValueError: if eta is not in [0, 1].
+        """
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta must lie in [0, 1], not {eta}")
+        if t_prev is None:
+            t_prev = t - 1
+        x_0_pred = self.predict_x0(x_t, t, noise_pred)
+        if clamp:
+            x_0_pred = x_0_pred.clamp(-1, 1)
+            noise_pred = self.predict_noise(x_t, t, x_0_pred)  # the noise that goes with the clamped image
+        if noise is None:
+            noise = torch.randn_like(x_t)
+
+        signal = look_up(self.sqrt_alphas_cumprod, t)
+        noise_std = look_up(self.sqrt_one_minus_alphas_cumprod, t)
+        signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # these tables begin at t = -1
+        noise_std_prev = look_up(self.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1)
+        sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()  # DDIM eq. 16
+        direction = (noise_std_prev**2 - sigma**2).clamp(min=0).sqrt() * noise_pred  # clamped, as rounding may leave -1e-8
+        return signal_prev * x_0_pred + direction + sigma * noise  # DDIM eq. 12
+
+
+def look_up(table: Tensor, t: Tensor | int) -> Tensor:
+    """`table[t]`, shaped to multiply a batch of images: [T], [B] -> [B, 1, 1, 1].
+
+    `gather` and not `table[t]`, because an index of -1 must be an error and not the last entry.
+    """
+    return table.gather(0, torch.as_tensor(t, device=table.device).reshape(-1)).reshape(-1, 1, 1, 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The network
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+class SinusoidalPositionalEmbedding(nn.Module):
+    """A timestep as sines and cosines of it, from fast to slow (Transformer, section 3.5): int64 [B] -> float32 [B, dim].
+
+        embedding(t) = [sin(w_0 t), ..., sin(w_k t), cos(w_0 t), ..., cos(w_k t)],  w_i = 10000^(-i / (dim / 2))
+
+    One number between 0 and 999 is hard on a network: the next timestep hardly differs. Like the hands of a clock, the fast
+    waves tell neighbours apart and the slow ones tell early from late.
+
+    Raises:
+        ValueError: if dim is not a positive even number.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim < 2 or dim % 2:
+            raise ValueError(f"dim must be a positive even number, not {dim}")
+        frequencies = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None] * self.frequencies[None, :]  # [B], [dim / 2] -> [B, dim / 2]
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+NORM_GROUPS = 8  # groups of channels that GroupNorm brings to mean 0 and variance 1 together
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """The same layer with weight and bias at zero."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions whose result is added to their input; in between, the time scales and shifts every channel.
+
+    [B, in_channels, H, W], time [B, time_dim] -> [B, out_channels, H, W]
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, time_dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(NORM_GROUPS, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.time_proj = nn.Linear(time_dim, 2 * out_channels)
+        self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels)
+        self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        scale, shift = self.time_proj(time)[:, :, None, None].chunk(2, dim=1)  # [B, 2C] -> two of [B, C, 1, 1]
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        h = torch.addcmul(shift, h, 1 + scale)  # shift + h (1 + scale), after the norm, which would undo it
+        return self.shortcut(x) + self.conv2(F.silu(h))
+
+
+class SelfAttention(nn.Module):
+    """Every position looks at every other one (Transformer, eq. 1), added to the input: [B, C, H, W] -> [B, C, H, W].
+
+    A convolution sees its neighbourhood. Whether a stroke up here goes with a loop down there, attention can tell.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
+        self.to_qkv = nn.Linear(channels, 3 * channels)
+        self.to_out = zero_init(nn.Linear(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, H*W, C]
+        query, key, value = self.to_qkv(tokens).unsqueeze(1).chunk(3, dim=-1)  # three of [B, 1 head, H*W, C]
+        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        return x + self.to_out(attended).transpose(1, 2).unflatten(2, x.shape[2:])  # [B, H*W, C] -> [B, C, H, W]
+
+
+class UNet(nn.Module):
+    """eps_theta(x_t, t): predicts the noise in a noisy image (DDPM, section 3.2 and appendix B).
+
+    Down to a coarse view of the image, where a few layers see all of it, and up again to full detail. On the way up every
+    resolution also gets what the way down knew there (the skip connections): noise is a matter of single pixels, and the
+    coarse view has forgotten them.
+
+        x_t    [B, 1, 28, 28]
+          fold 2x2 pixels into channels    [B, 4, 14, 14]
+          stem, down_block                 [B, c, 14, 14] ------------------ skip -----------------.
+            downsample, low_down_block     [B, 3c, 7, 7]  ----- skip -----.                        |
+              attention, middle_block      [B, 3c, 7, 7]                  |                        |
+            low_up_block                   [B, 3c, 7, 7]  <---- concat ---'                        |
+          upsample, up_block               [B, c, 14, 14] <----------------- concat ---------------'
+          head, unfold                     [B, 1, 28, 28], added to x_t's own share
+
+    Folding loses nothing and makes the costliest convolutions four times cheaper; most of the channels sit at the lowest
+    resolution, where a convolution costs little.
+
+    The finest skip connection is x_t itself. If images were N(0, I) too, the best guess at the noise would be
+    E[eps | x_t] = sqrt(1 - alpha-bar_t) x_t. The network starts from that guess and learns what to add:
+
+        eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) layers(x_t, t)
+
+    so that late, where x_t is all noise, it need not learn to copy (Salimans, Ho 2022, section 4, call them v). The
+    last layer of every branch starts at zero: a new network makes exactly that guess, and training starts calmly.
+
+    Args:
+        scheduler: the schedule that noises the images; it knows how much of x_t is noise.
+        image_channels: channels of the images, 1 for grey.
+        base_channels: c above, a multiple of 8.
+
+    Raises:
+        ValueError: for other base_channels; in `forward`, for a height or width that 4 does not divide.
+    """
+
+    def __init__(self, scheduler: NoiseScheduler, image_channels: int = 1, base_channels: int = 32) -> None:
+        super().__init__()
+        if base_channels < NORM_GROUPS or base_channels % NORM_GROUPS:
+            raise ValueError(f"base_channels must be a positive multiple of {NORM_GROUPS}, not {base_channels}")
+        high, low = base_channels, 3 * base_channels  # channels at half resolution and at a quarter
+        time_dim = 4 * base_channels
+        self.register_buffer("sqrt_alphas_cumprod", scheduler.sqrt_alphas_cumprod, persistent=False)
+        self.register_buffer("sqrt_one_minus_alphas_cumprod", scheduler.sqrt_one_minus_alphas_cumprod, persistent=False)
+
+        self.time_embedding = nn.Sequential(
+            SinusoidalPositionalEmbedding(2 * base_channels),
+            nn.Linear(2 * base_channels, time_dim),
+            nn.SiLU(),
+            nn.Linear(time_dim, time_dim),
+            nn.SiLU(),
+        )
+        self.stem = nn.Conv2d(4 * image_channels, high, 3, padding=1)
+        self.down_block = ResidualBlock(high, high, time_dim)
+        self.downsample = nn.Conv2d(high, low, 2, stride=2)
+        self.low_down_block = ResidualBlock(low, low, time_dim)
+        self.attention = SelfAttention(low)
+        self.middle_block = ResidualBlock(low, low, time_dim)
+        self.low_up_block = ResidualBlock(low + low, low, time_dim)
+        self.upsample = nn.Sequential(nn.Conv2d(low, 4 * high, 1), nn.PixelShuffle(2))
+        self.up_block = ResidualBlock(high + high, high, time_dim)
+        self.head = nn.Sequential(
+            nn.GroupNorm(NORM_GROUPS, high), nn.SiLU(), zero_init(nn.Conv2d(high, 4 * image_channels, 3, padding=1))
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """The noise in x_t [B, C, H, W] at timesteps t, int64 [B]: [B, C, H, W]."""
+        height, width = x_t.shape[-2:]
+        if height % 4 or width % 4:
+            raise ValueError(f"height and width must be divisible by 4 (two halvings), not {height}x{width}")
+        time = self.time_embedding(t)
+
+        h = self.stem(F.pixel_unshuffle(x_t, 2))
+        skip = self.down_block(h, time)
+        low_skip = self.low_down_block(self.downsample(skip), time)
+        h = self.middle_block(self.attention(low_skip), time)
+        h = self.low_up_block(torch.cat([h, low_skip], dim=1), time)
+        h = self.up_block(torch.cat([self.upsample(h), skip], dim=1), time)
+        correction = F.pixel_shuffle(self.head(h), 2)
+        return look_up(self.sqrt_one_minus_alphas_cumprod, t) * x_t + look_up(self.sqrt_alphas_cumprod, t) * correction
