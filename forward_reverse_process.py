@@ -20,13 +20,18 @@ Symbols in the papers and their names here:
     beta-tilde_t      variance of q(x_{t-1} | x_t, x_0)          posterior_variance
     T                 how many timesteps there are               num_timesteps
 
-Conventions. Timesteps count from 0: x_t at t = 0 has been noised once, at t = T - 1 it is noise and nothing else, and t = -1
-stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) Pixels lie in [-1, 1].
+One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise, so that the variance stays
+about 1:
+
+    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps
+
+Conventions. Timesteps count from 0: x_t at t = 0 has been noised once, at t = T - 1 it is noise with next to nothing of the
+image, and t = -1 stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) Pixels lie in [-1, 1].
 
 Papers, as cited below:
 
     DDPM              Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
-    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502
+    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502 (its alpha is alpha-bar here)
     Improved DDPM     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672
     Salimans, Ho      2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512
     Transformer       Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762
@@ -38,7 +43,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 # ------------------------------------------------------------------------------------------------------------------------
 # The schedule, the forward process, the reverse step
 # ------------------------------------------------------------------------------------------------------------------------
@@ -47,10 +51,11 @@ from torch import Tensor, nn
 def cosine_betas(num_timesteps: int) -> Tensor:
     """Betas for which alpha-bar follows a squared cosine (Improved DDPM, eq. 17): float64 [T].
 
-        alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  u in [0, 1],  s = 0.008
+        alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  s = 0.008
+        alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
     The linear schedule destroys an image long before t = T and wastes the steps after that; the cosine spreads the loss of
-    signal evenly. s keeps the first betas from vanishing. T betas need the curve at T + 1 points, u = 0 among them.
+    signal evenly. s keeps the first betas from vanishing. T betas need the curve at T + 1 points, from u = 0 to 1.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -61,7 +66,8 @@ def cosine_betas(num_timesteps: int) -> Tensor:
 def linear_betas(num_timesteps: int) -> Tensor:
     """Betas rising on a straight line (DDPM, section 4): float64 [T].
 
-    The paper's 1e-4 ... 0.02 is meant for T = 1000. Another T scales them by 1000 / T, or noise would not be reached.
+    The paper's 1e-4 ... 0.02 is meant for T = 1000. For another T they are scaled by 1000 / T (not in the paper), since
+    fewer steps of that size would leave some of the image, and more would waste themselves on noise.
     """
     scale = 1000 / num_timesteps
     return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64).clamp(max=0.999)
@@ -95,7 +101,7 @@ class NoiseScheduler(nn.Module):
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        # The last x_t must hold no trace of x_0: sampling starts there from noise that knows nothing of any image.
+        # The last x_t must hold next to nothing of x_0: sampling starts there from noise that knows of no image.
         assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
 
         # q(x_{t-1} | x_t, x_0) is a Gaussian; DDPM eq. 7 gives its mean, a weighted sum of x_0 and x_t, and its variance.
@@ -119,9 +125,10 @@ class NoiseScheduler(nn.Module):
     def add_noise(self, x_0: Tensor, t: Tensor | int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The forward process in one jump: draw x_t from q(x_t | x_0) (DDPM, eq. 4).
 
+            q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), that is
             x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
 
-        A sum of Gaussians is a Gaussian, so t small steps are one large one and training may visit any t directly.
+        A sum of Gaussians is a Gaussian, so all the small steps up to t are one large one, and training may visit any t.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -139,7 +146,7 @@ class NoiseScheduler(nn.Module):
     def predict_x0(self, x_t: Tensor, t: Tensor | int, noise_pred: Tensor) -> Tensor:
         """`add_noise` solved for x_0 (DDPM, eq. 15), not clamped: [B, C, H, W].
 
-            x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
+        x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -147,7 +154,7 @@ class NoiseScheduler(nn.Module):
     def predict_noise(self, x_t: Tensor, t: Tensor | int, x_0: Tensor) -> Tensor:
         """`add_noise` solved for the noise: [B, C, H, W].
 
-            eps = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t)
+        eps = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t)
         """
         return (x_t - look_up(self.sqrt_alphas_cumprod, t) * x_0) / look_up(self.sqrt_one_minus_alphas_cumprod, t)
 
@@ -158,7 +165,8 @@ class NoiseScheduler(nn.Module):
                      + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
             variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
 
-        The step back, if x_0 were known. At t = 0 it is x_0 itself, with variance 0.
+        Where x_t came from, if x_0 were known. At t = 0 that is x_0 itself, with variance 0. `step` draws from this
+        distribution in another form; here it is as the paper has it.
         """
         mean = look_up(self.posterior_mean_coef_x_0, t) * x_0 + look_up(self.posterior_mean_coef_x_t, t) * x_t
         return mean, look_up(self.posterior_variance, t)
@@ -180,26 +188,31 @@ class NoiseScheduler(nn.Module):
                        + sigma z,  z ~ N(0, I)                                 some of it new
             sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t)) sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
-        eta = 1 and t_prev = t - 1 is DDPM's ancestral step: the mean is that of eq. 7, and sigma^2 is beta-tilde_t (Algorithm
-        2). eta = 0 is DDIM: no new noise, so the starting noise alone decides the image. t_prev may lie many steps back.
+        eta = 1 and t_prev = t - 1 is DDPM's own random step (Algorithm 2): sigma^2 is then beta-tilde_t, and with
+        eps_theta = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t) the mean becomes that of eq. 7. eta = 0 is DDIM: no
+        new noise, so the starting noise alone decides the image. t_prev may lie many steps back.
 
         Args:
             noise_pred: eps_theta(x_t, t), shaped like x_t.
             t: timesteps in 0 ... T - 1, int64 [B], or one int for all.
             x_t: noisy images, [B, C, H, W].
-            t_prev: where to go, below t, like t; -1 is the clean image. None is t - 1.
+            t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, shaped like x_t; drawn if not given.
-            clamp: keep the predicted x_0 in [-1, 1], where images live. Early on it is a difference of large numbers and may
-                land far outside; without the clamp such errors feed on themselves. (Clamping x_t would cut off real noise.)
+            clamp: keep the predicted x_0 in [-1, 1], where images live. At large t it is a small difference divided by a
+                tiny sqrt(alpha-bar_t): a small error in eps_theta can throw it far outside, and would feed on itself from
+                step to step. (Clamping x_t instead would cut off noise that belongs to it.)
 
         Raises:
-            ValueError: if eta is not in [0, 1].
+            ValueError: if eta is not in [0, 1], or t_prev not in -1 ... t - 1.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
         if t_prev is None:
             t_prev = t - 1
+        if not torch.all(torch.as_tensor((t_prev >= -1) & (t_prev < t))):
+            raise ValueError(f"t_prev must lie in -1 ... t - 1, not at {t_prev} for t = {t}")
+
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
         if clamp:
             x_0_pred = x_0_pred.clamp(-1, 1)
@@ -219,7 +232,7 @@ class NoiseScheduler(nn.Module):
 def look_up(table: Tensor, t: Tensor | int) -> Tensor:
     """`table[t]`, shaped to multiply a batch of images: [T], [B] -> [B, 1, 1, 1].
 
-    `gather` and not `table[t]`, because an index of -1 must be an error and not the last entry.
+    `gather` and not `table[t]`, for which -1 would be the last entry and not an error.
     """
     return table.gather(0, torch.as_tensor(t, device=table.device).reshape(-1)).reshape(-1, 1, 1, 1)
 
@@ -281,7 +294,7 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         scale, shift = self.time_proj(time)[:, :, None, None].chunk(2, dim=1)  # [B, 2C] -> two of [B, C, 1, 1]
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        h = torch.addcmul(shift, h, 1 + scale)  # shift + h (1 + scale), after the norm, which would undo it
+        h = torch.addcmul(shift, h, 1 + scale)  # shift + h (1 + scale), after the norm, as that would undo it
         return self.shortcut(x) + self.conv2(F.silu(h))
 
 
@@ -328,8 +341,9 @@ class UNet(nn.Module):
 
         eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) layers(x_t, t)
 
-    so that late, where x_t is all noise, it need not learn to copy (Salimans, Ho 2022, section 4, call them v). The
-    last layer of every branch starts at zero: a new network makes exactly that guess, and training starts calmly.
+    so that at large t, where x_t is all noise, it need not learn to copy. What is left for the layers to learn is called v,
+    v = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0 (Salimans, Ho 2022, section 4). The last layer of every branch
+    starts at zero: a new network makes exactly that guess, and training starts calmly.
 
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.

@@ -1,7 +1,7 @@
 """Train a denoising diffusion model on MNIST and draw digits with it.
 
     python train_diffusion.py                    # the whole job: train, sample, save
-    python train_diffusion.py --resume           # go on after an interruption
+    python train_diffusion.py --resume           # go on after an interruption; other options as before
     python train_diffusion.py --sample-only      # draw with a trained checkpoint
     torchrun --nproc-per-node=2 train_diffusion.py
 
@@ -11,6 +11,7 @@ the order in which a batch passes through it: images, one training step (DDPM's 
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -40,25 +41,26 @@ from torchvision import datasets
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from forward_reverse_process import NoiseScheduler, UNet
+from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
 
 HERE = Path(__file__).resolve().parent
-WARMUP_STEPS = 200  # optimiser steps until the learning rate reaches --lr
+WARMUP_STEPS = 200  # optimiser steps in which the learning rate rises
 ADAM_BETAS = (0.9, 0.99)
 EMA_DECAY = 0.999  # the average looks back over about 1 / (1 - decay) steps
 MAX_GRAD_NORM = 1.0
-CHECK_EVERY = 20  # optimiser steps between two looks at the loss; each makes a GPU wait
+CHECK_EVERY = 20  # optimiser steps between two looks at the loss, for which a GPU must wait
 NUM_VALIDATION_IMAGES = 2000
 IMAGE_SIZE = 28  # pixels, in all three data sets
 SAMPLE_CHUNK = 250  # images that are sampled together
 
-# torchrun tells every process how many there are and which one it is; without it there is one.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
-RANK = int(os.environ.get("RANK", 0))
+# torchrun tells every process how many there are, which one it is, and which one on its machine; without it there is one.
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
+RANK = int(os.environ.get("RANK", "0"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """End the program with one line on standard error; code 2 for a wrong option, 1 for a broken file or run."""
+    """End the program with one line on standard error; code 2 is a wrong option, 1 a broken file or run."""
     print(f"train_diffusion.py: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -115,9 +117,9 @@ def to_uint8(x_0: Tensor) -> Tensor:
 
 
 def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator of its own for every purpose, given by the seed alone.
+    """A random generator of its own for every purpose, fixed by purpose and seed.
 
-    So sampling cannot change what training draws next, and a resumed run needs to know only its step.
+    So sampling cannot change what training draws next, and a resumed run needs to know nothing but its step.
     """
     digest = hashlib.sha256(f"{purpose}, seed {seed}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
@@ -126,7 +128,7 @@ def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> Tensor:
     """One timestep per image, int64 [B], each uniform on 0 ... T - 1 and together spread evenly over that range.
 
-    Image i draws from the i-th of B equal slices, so no batch happens to be all early or all late, and the loss is steadier.
+    Image i draws from the i-th of B equal slices: no batch happens to be all early or all late, and the loss is steadier.
     """
     device = generator.device
     slices = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device)
@@ -134,14 +136,14 @@ def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generat
 
 
 def lr_factor(step: int, total_steps: int) -> float:
-    """Share of --lr at this step: up over the first steps, then on a straight line down to 0 at the last one."""
+    """Share of --lr at this step: up over the first steps, then on a straight line down to 0 after the last."""
     return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.0, 1 - step / total_steps)
 
 
-def update_ema(ema_params: list[Tensor], params: list[Tensor], num_averaged: Tensor) -> None:
+def update_ema(ema_params: list[Tensor], params: list[Tensor], step: int) -> None:
     """Move the averaged weights towards the current ones, fast at first: the random start is soon forgotten."""
-    n = float(num_averaged)
-    get_ema_multi_avg_fn(min(EMA_DECAY, (1 + n) / (10 + n)))(ema_params, params, num_averaged)
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(ema_params, params, step)
 
 
 class Run:
@@ -165,7 +167,8 @@ class Run:
 
         torch.manual_seed(args.seed)  # for the initial weights; every later draw has a generator of its own
         self.model = UNet(self.scheduler, base_channels=args.base_channels).to(device, memory_format=torch.channels_last)
-        self.ema = AveragedModel(self.model, multi_avg_fn=update_ema).eval()  # samples are drawn with these smoother weights
+        # Samples are drawn with an average of the weights over many steps, which is smoother than the latest ones.
+        self.ema = AveragedModel(self.model, multi_avg_fn=lambda ema, now, _: update_ema(ema, now, self.step)).eval()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr, betas=ADAM_BETAS, fused=True)
         self.step = 0  # optimiser steps done
         self.seconds = 0.0  # spent training, earlier sessions included
@@ -226,9 +229,10 @@ class Run:
 def train_step(run: Run, images: Tensor) -> Tensor:
     """One step of DDPM's Algorithm 1 on a batch of uint8 images [B, 28, 28]; returns the mean squared error, a scalar.
 
-    DDPM (eq. 14) minimises that error as it is. An error in the noise is an error in x_0 that is sqrt(1 / alpha-bar - 1) times as
-    large (eq. 15), most of all at late timesteps, where it is decided which digit there will be. So here each image's error
-    weighs 1 / alpha-bar_t, which is SNR + 1 as a weight on x_0's error (Salimans, Ho 2022, section 4): better digits sooner.
+    DDPM (eq. 14) minimises that error as it is. The UNet multiplies what its layers put out by sqrt(alpha-bar_t), so
+    dividing the squared error by alpha-bar_t leaves the layers' own, which counts the same at every t. Without that, large t,
+    where it is decided which digit there will be, would hardly count. (Salimans, Ho 2022, section 4: as a weight on the error
+    of x_0 this is SNR + 1, with SNR = alpha-bar / (1 - alpha-bar).) The error that is returned and logged has no weight.
 
     With several processes, each draws the timesteps and the noise of the whole batch and works on its share of them.
     """
@@ -245,18 +249,18 @@ def train_step(run: Run, images: Tensor) -> Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         noise_pred = run.network(x_t, t)
     squared_error = (noise_pred - noise).square().mean(dim=(1, 2, 3))  # [B, 1, 28, 28] -> [B]
-    loss = (squared_error / run.scheduler.alphas_cumprod[t]).mean()
+    weighted_loss = (squared_error / run.scheduler.alphas_cumprod[t]).mean()
 
     # Learn.
     run.optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
+    weighted_loss.backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
     run.optimizer.step()
     run.lr_schedule.step()
 
     # Average the weights.
     run.ema.update_parameters(run.model)
-    return squared_error.detach().mean()
+    return squared_error.detach().mean() + 0 * grad_norm  # not finite if the gradient, and so the weights, are not
 
 
 def train_epoch(run: Run, images: Tensor, interrupts: list[int]) -> bool:
@@ -268,8 +272,15 @@ def train_epoch(run: Run, images: Tensor, interrupts: list[int]) -> bool:
     if first == 0:
         run.step_losses.zero_()
     started = time.monotonic()
-    with bar(args, total=len(batches) * args.batch_size, initial=first * args.batch_size, unit="img", unit_scale=True,
-             desc=f"epoch {epoch + 1}", leave=False) as epoch_bar:  # fmt: skip
+    with bar(
+        args,
+        total=len(batches) * args.batch_size,
+        initial=first * args.batch_size,
+        unit="img",
+        unit_scale=True,
+        desc=f"epoch {epoch + 1}",
+        leave=False,
+    ) as epoch_bar:
         for batch in batches[first : first + run.last_step - run.step]:
             loss = over_processes(train_step(run, images[batch])) / WORLD_SIZE
             run.step_losses[run.step % run.steps_per_epoch] = loss
@@ -281,7 +292,8 @@ def train_epoch(run: Run, images: Tensor, interrupts: list[int]) -> bool:
             if run.step % CHECK_EVERY == 0:
                 run.check_losses()
                 epoch_bar.set_postfix(loss=f"{mean_loss(run):.4f}")
-            if now - run.saved_at > args.save_every_minutes * 60:
+            in_between = run.step % run.steps_per_epoch > 0 and run.step < run.last_step  # an end is saved with its samples
+            if in_between and now - run.saved_at > args.save_every_minutes * 60:
                 run.save()
             if any_process(bool(interrupts), images.device):
                 return True
@@ -312,12 +324,21 @@ def validate(run: Run, test_images: Tensor) -> tuple[Tensor, Tensor]:
 
 def train(run: Run, images: Tensor, test_images: Tensor) -> None:
     """Train to the last step. Every epoch ends with a line in the log and a checkpoint, some with samples."""
-    interrupts: list[int] = []  # Ctrl-C and SIGTERM only leave a note here, so that the current step can finish
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, frame: interrupts.append(signum))
+    interrupts: list[int] = []
 
-    run_bar = bar(run.args, total=run.total_steps // run.steps_per_epoch, initial=run.step // run.steps_per_epoch,
-                  unit="epoch", desc="run")  # fmt: skip
+    def note(signum: int, frame: object) -> None:
+        interrupts.append(signum)  # Ctrl-C or SIGTERM: the current step can still finish
+        if WORLD_SIZE == 1:  # torchrun repeats the signal
+            signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
+
+    handlers = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    run_bar = bar(
+        run.args,
+        total=run.total_steps // run.steps_per_epoch,
+        initial=run.step // run.steps_per_epoch,
+        unit="epoch",
+        desc="run",
+    )
     with run_bar:
         while run.step < run.last_step:
             interrupted = train_epoch(run, images, interrupts)
@@ -328,6 +349,8 @@ def train(run: Run, images: Tensor, test_images: Tensor) -> None:
             run.save()
             if interrupted:
                 break
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
     if run.step < run.last_step:
         if RANK == 0:
             print(f"interrupted after step {run.step}; saved {run.path}. Go on with: {resume_command()}", file=sys.stderr)
@@ -350,11 +373,11 @@ def finish_epoch(run: Run, test_images: Tensor) -> None:
     }
     rows, strips = run.history + [row], run.strips
     write_log(args.output_dir / "train_log.csv", rows)
-    draw_loss_curve(args.output_dir / "loss_curve.png", rows, timesteps, losses)
+    draw_loss_curve(args.output_dir / "loss_curve.png", rows, timesteps, losses, args.timesteps)
     if epoch % args.sample_every == 0 or run.step == run.last_step:
         images = sample(run.ema.module, run.scheduler, args).cpu()
         save_grid(args.output_dir / f"samples_epoch_{epoch}.png", images)
-        strips = strips + [(epoch, images[:8])]
+        strips = strips + [(epoch, images[:8].clone())]  # a view would save all of them
         draw_progress(args.output_dir / "samples_progress.png", strips)
     if run.step % run.steps_per_epoch == 0:  # an epoch cut short by --max-steps does not count: a resumed run will end it
         run.history, run.strips = rows, strips
@@ -382,12 +405,12 @@ def any_process(flag: bool, device: torch.device) -> bool:
     return bool(over_processes(torch.tensor(float(flag), device=device))) if WORLD_SIZE > 1 else flag
 
 
-def rank_0_first(load: Callable[[], Tensor]) -> Tensor:
-    """The result of `load`, called by the first process before the others: one of them unpacks the files."""
-    if WORLD_SIZE > 1 and RANK > 0:
+def one_first(load: Callable[[], Tensor]) -> Tensor:
+    """The result of `load`, called by one process of each machine before the others: it unpacks the files for them."""
+    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
         dist.barrier()
     result = load()
-    if WORLD_SIZE > 1 and RANK == 0:
+    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
         dist.barrier()
     return result
 
@@ -432,9 +455,9 @@ def sample(model: torch.nn.Module, scheduler: NoiseScheduler, args: argparse.Nam
     chunks = []
     with bar(args, total=len(sizes) * len(timesteps), desc="sampling", unit="step", leave=False) as sampling_bar:
         for size in sizes:
-            x_t = torch.randn(size, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator, device=device)
-            for _, x_t, _ in denoise(model, scheduler, x_t, timesteps, args.eta, generator):
-                sampling_bar.update()
+            x_T = torch.randn(size, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator, device=device)
+            for t, x_t, _ in denoise(model, scheduler, x_T, timesteps, args.eta, generator):
+                sampling_bar.update(t >= 0)
             chunks.append(to_uint8(x_t))
     return torch.cat(chunks)
 
@@ -445,8 +468,19 @@ def sample(model: torch.nn.Module, scheduler: NoiseScheduler, args: argparse.Nam
 
 CHECKPOINT_FORMAT = "diffusion-mnist 1"
 # What decides the weights and the pictures; a resumed run must have the same.
-SETTINGS = ("dataset", "batch_size", "lr", "timesteps", "schedule", "base_channels", "seed",
-            "sample_every", "num_samples", "sample_steps", "eta")  # fmt: skip
+SETTINGS = (
+    "dataset",
+    "batch_size",
+    "lr",
+    "timesteps",
+    "schedule",
+    "base_channels",
+    "seed",
+    "sample_every",
+    "num_samples",
+    "sample_steps",
+    "eta",
+)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -460,8 +494,12 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}. Make room or choose another folder; what was there is untouched.", code=1)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        fail(
+            f"cannot write {path}: {error.strerror}. Make room or choose another folder; what was there is untouched.",
+            code=1,
+        )
 
 
 def save_checkpoint(path: Path, state: dict) -> None:
@@ -474,7 +512,7 @@ def save_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint. It can only hold tensors and plain values: a file from a stranger cannot run code."""
     if not path.is_file():
-        fail(f"no checkpoint at {path}. Train one first, without --resume, or name one with --checkpoint.", code=2)
+        fail(f"no checkpoint at {path}. Train one first, without --resume or --sample-only.", code=2)
     try:
         damaged = zipfile.ZipFile(path).testzip()  # a checkpoint is a zip file; this compares its check sums
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
@@ -525,8 +563,8 @@ def show_images(axes: Axes, images: Tensor, column_labels: list[str], row_labels
     axes.spines[:].set_visible(False)
 
 
-def draw_loss_curve(path: Path, rows: list[dict[str, float]], timesteps: Tensor, losses: Tensor) -> None:
-    """Loss by epoch, from the log, and by timestep, from the last look at the held-out images (both [N])."""
+def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor, num_timesteps: int) -> None:
+    """Loss by epoch, from the log, and by timestep, from the last look at the held-out images (t and losses [N])."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     by_epoch, by_timestep = figure.subplots(1, 2)
     epochs = [row["epoch"] for row in rows]
@@ -536,29 +574,33 @@ def draw_loss_curve(path: Path, rows: list[dict[str, float]], timesteps: Tensor,
     by_epoch.xaxis.get_major_locator().set_params(integer=True)
     by_epoch.legend()
 
-    edges = torch.linspace(0, int(timesteps.max()) + 1, 11)
-    bins = torch.bucketize(timesteps.float(), edges[1:-1], right=True)
-    means = [losses[bins == i].mean().item() for i in range(10)]
+    num_bins = min(10, num_timesteps)
+    edges = torch.linspace(0, num_timesteps, num_bins + 1)
+    bins = torch.bucketize(t.float(), edges[1:-1], right=True)
+    means = [losses[bins == i].mean().item() for i in range(num_bins)]
     by_timestep.bar(edges[:-1], means, width=edges.diff(), align="edge", edgecolor="white")
-    by_timestep.set(xlabel="timestep t (0: almost clean, right: pure noise)", yscale="log",
-                    title=f"Held-out loss by timestep after epoch {epochs[-1]}")  # fmt: skip
+    by_timestep.set(
+        xlabel="timestep t (0: almost clean, right: pure noise)",
+        yscale="log",
+        title=f"Held-out loss by timestep after epoch {epochs[-1]}",
+    )
     save_figure(path, figure)
 
 
 def draw_noise_schedule(path: Path, num_timesteps: int) -> None:
     """alpha-bar, beta and the signal-to-noise ratio over t, for both schedules."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
-    signal, betas, snr = figure.subplots(1, 3)
+    left, betas, snr = figure.subplots(1, 3)
     for schedule in ("cosine", "linear"):
         scheduler = NoiseScheduler(num_timesteps, schedule)
         alpha_bar = scheduler.alphas_cumprod
-        signal.plot(alpha_bar, label=schedule)
+        left.plot(alpha_bar, label=schedule)
         betas.plot(scheduler.betas, label=schedule)
         snr.plot((alpha_bar / (1 - alpha_bar)).log10(), label=schedule)
-    signal.set(title="signal left: alpha-bar", xlabel="timestep t", ylabel="share of the variance that is image")
+    left.set(title="signal left: alpha-bar", xlabel="timestep t", ylabel="weight of x_0 in x_t, squared")
     betas.set(title="noise per step: beta", xlabel="timestep t", ylabel="variance added by step t", yscale="log")
     snr.set(title="signal-to-noise ratio", xlabel="timestep t", ylabel="log10(alpha-bar / (1 - alpha-bar))")
-    signal.legend()
+    left.legend()
     save_figure(path, figure)
 
 
@@ -573,7 +615,9 @@ def draw_forward_process(path: Path, scheduler: NoiseScheduler, images: Tensor, 
     figure = Figure(figsize=(11, 1 + len(images)), layout="constrained")
     axes = figure.subplots()
     show_images(axes, torch.stack(columns, dim=1), labels, [""] * len(images))
-    axes.set_title(f"Forward process: x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise ({scheduler.schedule} schedule)")
+    axes.set_title(
+        f"Forward process: x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise ({scheduler.schedule} schedule)"
+    )
     save_figure(path, figure)
 
 
@@ -596,8 +640,10 @@ def draw_denoising(run: Run) -> None:
     save_figure(args.output_dir / "denoising.png", figure)
 
     every = math.ceil(len(path) / 50)  # at most about 50 frames
-    frames = [make_grid(x_t.unsqueeze(1), nrow=8)[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
-              for _, x_t, _ in path[::-every][::-1]]  # fmt: skip
+    frames = [
+        make_grid(x_t.unsqueeze(1), nrow=8)[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
+        for _, x_t, _ in path[::-every][::-1]
+    ]
     first, *rest = [Image.fromarray((frame // 16 * 17).numpy()) for frame in frames]  # 16 greys keep the file small
     content = io.BytesIO()
     first.save(content, "GIF", save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
@@ -633,54 +679,58 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text}")
-    return value
+    return int(text)
+
+
+def to_float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, not {text}") from None
 
 
 def positive_float(text: str) -> float:
-    value = float(text)
+    value = to_float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
     return value
 
 
 def unit_float(text: str) -> float:
-    value = float(text)
+    value = to_float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
     return value
 
 
 def make_parser() -> Parser:
-    parser = Parser(description="Train a denoising diffusion model on MNIST and draw digits with it.",
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = Parser(description="Train a diffusion model on MNIST and draw digits with it.", formatter_class=formatter)
+    more_epochs = "passes over the images; the learning rate falls to 0 at the last, so --resume with more raises it again"
+    checkpoint = "for --sample-only; if not given, OUTPUT_DIR/checkpoint.pt, else pretrained.pt beside this file"
+    output = "for --sample-only: .png, a grid, or .npy, uint8 [N, 28, 28]; if not given, OUTPUT_DIR/samples.png"
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, default=15, help="passes over the training images; --lr falls to 0 at the last one. A "
-        "resumed run with more takes up the learning rate that the longer run has at this step")
+    add("--epochs", type=positive_int, default=15, help=more_epochs)
     add("--batch-size", type=positive_int, default=64, help="images per step, all processes together")
     add("--lr", type=positive_float, default=0.002, help="highest learning rate (AdamW)")
     add("--timesteps", type=positive_int, default=1000, help="T, steps of the forward process")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t")
     add("--base-channels", type=positive_int, default=32, help="width of the U-Net, a multiple of 8")
-    add("--max-steps", type=positive_int, metavar="N", help="stop after N optimiser steps in all, then sample and save as at the "
-        "end: for a quick look")
-    add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pt, with the options of that run")
-    add("--save-every-minutes", type=positive_float, default=5.0, metavar="MINUTES", help="longest time between two checkpoints; "
-        "every epoch ends with one anyway")
+    add("--max-steps", type=positive_int, metavar="N", help="stop after N optimiser steps in all, and end as usual")
+    add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pt; repeat the other options of that run")
+    add("--save-every-minutes", type=positive_float, default=5.0, help="minutes between checkpoints within an epoch")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--sample-every", type=positive_int, default=5, metavar="EPOCHS", help="epochs between sample grids")
-    add("--num-samples", type=positive_int, default=64, metavar="N", help="images to draw")
-    add("--sample-steps", type=positive_int, default=50, metavar="N", help="network calls per image, at most --timesteps; all of "
-        "them with --eta 1 is DDPM's own sampler")
+    add("--sample-every", type=positive_int, default=5, help="epochs between sample grids")
+    add("--num-samples", type=positive_int, default=64, help="images to draw")
+    add("--sample-steps", type=positive_int, default=50, help="network calls per image, at most --timesteps")
     add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 1 is DDPM, 0 is DDIM")
     add("--sample-only", action="store_true", help="no training: draw with --checkpoint and write --output")
-    add("--checkpoint", type=Path, metavar="PATH", help="for --sample-only; if not given, OUTPUT_DIR/checkpoint.pt")
-    add("--output", type=Path, metavar="FILE", help="for --sample-only: .png, a grid, or .npy, uint8 [N, 28, 28]; if not given, "
-        "OUTPUT_DIR/samples.png")
+    add("--checkpoint", type=Path, help=checkpoint)
+    add("--output", type=Path, help=output)
 
     add = parser.add_argument_group("where and how").add_argument
     add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="what to learn")
@@ -688,7 +738,7 @@ def make_parser() -> Parser:
     add("--output-dir", type=Path, default=Path(), help="folder for all that a run writes; made if missing")
     add("--seed", type=int, default=0, help="the same seed gives the same files (on the same kind of CPU)")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: cuda, else mps, else cpu")
-    add("--quiet", action="store_true", help="no progress bars, no line per epoch")  # fmt: skip
+    add("--quiet", action="store_true", help="no progress bars, no line per epoch")
     return parser
 
 
@@ -696,15 +746,20 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked against each other."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.base_channels % 8:
-        parser.error(f"argument --base-channels: must be a multiple of 8, not {args.base_channels}")
+    if args.base_channels % NORM_GROUPS:
+        parser.error(f"argument --base-channels: must be a multiple of {NORM_GROUPS}, not {args.base_channels}")
     if args.timesteps < 2:
         parser.error("argument --timesteps: must be at least 2")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"argument --seed: must be a whole number from 0 to 2^63 - 1, not {args.seed}")
     if not args.sample_only and args.sample_steps > args.timesteps:
         parser.error(f"argument --sample-steps: {args.sample_steps} is more than --timesteps {args.timesteps}")
     if args.batch_size % WORLD_SIZE:
         parser.error(f"argument --batch-size: {args.batch_size} images do not divide among {WORLD_SIZE} processes")
-    args.checkpoint = args.checkpoint or args.output_dir / "checkpoint.pt"
+    if args.sample_only and args.resume:
+        parser.error("--sample-only and --resume exclude each other")
+    if not args.sample_only and (args.checkpoint or args.output):
+        parser.error("--checkpoint and --output need --sample-only")
     args.output = args.output or args.output_dir / "samples.png"
     if args.output.suffix not in (".png", ".npy"):
         parser.error(f"argument --output: must end in .png or .npy, not {args.output}")
@@ -714,9 +769,15 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
 def choose_device(name: str) -> torch.device:
     """The device that --device names, tried out."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available() and WORLD_SIZE == 1
+            else "cpu"
+        )
     if name == "cuda" and WORLD_SIZE > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -734,11 +795,17 @@ def state_to_resume(args: argparse.Namespace) -> dict:
     state = load_checkpoint(path)
     if "optimizer" not in state:
         fail(f"{path} holds weights to sample with, not a run to resume.", code=2)
-    differing = [f"--{name.replace('_', '-')} {value} (now {getattr(args, name)})"
-                 for name, value in state["settings"].items() if value != getattr(args, name)]  # fmt: skip
+    differing = [
+        f"--{name.replace('_', '-')} {value} (now {getattr(args, name)})"
+        for name, value in state["settings"].items()
+        if value != getattr(args, name)
+    ]
     if differing:
-        fail(f"{path} was trained with other settings: {', '.join(differing)}. Resume with those, or start anew "
-             "without --resume.", code=2)  # fmt: skip
+        fail(
+            f"{path} was trained with other settings: {', '.join(differing)}. Resume with those, or start anew "
+            "without --resume.",
+            code=2,
+        )
     return state
 
 
@@ -754,10 +821,15 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, NoiseScheduler]:
 
 def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     """Load a checkpoint, draw, and write --output."""
-    model, scheduler = load_model(args.checkpoint, device)
+    own = args.output_dir / "checkpoint.pt"
+    path = args.checkpoint or (own if own.exists() else HERE / "pretrained.pt")
+    model, scheduler = load_model(path, device)
     if args.sample_steps > scheduler.num_timesteps:
-        fail(f"argument --sample-steps: {args.sample_steps} is more than the {scheduler.num_timesteps} timesteps that "
-             f"{args.checkpoint} was trained with", code=2)  # fmt: skip
+        fail(
+            f"argument --sample-steps: {args.sample_steps} is more than the {scheduler.num_timesteps} timesteps that "
+            f"{path} was trained with",
+            code=2,
+        )
     started = time.monotonic()
     images = sample(model, scheduler, args)
     seconds = time.monotonic() - started
@@ -767,7 +839,7 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
         write_file(args.output, content.getvalue())
     else:
         save_grid(args.output, images)
-    print(f"drew {len(images)} images in {seconds:.1f} s: {args.output}")
+    print(f"drew {len(images)} images with {path} in {seconds:.1f} s: {args.output}")
 
 
 def bar(args: argparse.Namespace, **options) -> tqdm:
@@ -777,58 +849,62 @@ def bar(args: argparse.Namespace, **options) -> tqdm:
 
 def resume_command() -> str:
     """What to type to go on with this run."""
-    launcher = ["torchrun", f"--nproc-per-node={WORLD_SIZE}"] if WORLD_SIZE > 1 else ["python"]
-    return shlex.join([*launcher, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
+    if WORLD_SIZE > 1:
+        return "the same torchrun command and --resume"
+    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
 
 
 def check_writable(folder: Path) -> None:
-    """Make the folder and write to it, now rather than after an epoch of training."""
+    """Make the folder and write to it now, rather than fail after an epoch of training."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        fail(f"argument --output-dir: cannot write to {folder} ({error.strerror}). Choose another folder.", code=2)
+        fail(f"cannot write to {folder} ({error.strerror}). Choose another --output-dir or --output.", code=2)
 
 
 def report(run: Run) -> None:
     """What the run has left, and what to do with it."""
     if run.args.quiet:
         return
-    last = run.history[-1] if run.history else None
-    print(f"\ndone: {run.step} steps in {run.seconds / 60:.1f} minutes of training")
-    if last:
-        print(f"loss: {last['train_loss']:.4f} training, {last['val_loss']:.4f} held-out")
-    print(f"files in {run.args.output_dir.resolve()}: samples_epoch_*.png, loss_curve.png, train_log.csv, checkpoint.pt")
-    print(f"draw more: python train_diffusion.py --sample-only --checkpoint {run.path} --num-samples 100")
+    print(f"done: {run.step} steps, {run.seconds / 60:.1f} minutes of training. In {run.args.output_dir.resolve()}:")
+    print("  samples_epoch_*.png, samples_progress.png     the digits")
+    print("  denoising.gif, denoising.png                  how they come out of noise")
+    print("  forward_process.png, noise_schedule.png       how images become noise")
+    print("  loss_curve.png, train_log.csv                 how well the noise is predicted")
+    print("  checkpoint.pt, weights.pt                     to go on with; to draw with")
+    draw = ["--sample-only", "--checkpoint", str(run.path), "--sample-steps", str(run.args.sample_steps)]
+    print(f"Draw more: python train_diffusion.py {shlex.join(draw)}")
+    longer = "more --epochs" if run.step == run.total_steps else "without --max-steps"
+    print(f"Train on:  the same command with --resume, {longer}")
 
 
 def main() -> None:
     args = parse_options()
     device = choose_device(args.device)
-    check_writable(args.output_dir)
+    check_writable(args.output.parent if args.sample_only else args.output_dir)
     if args.sample_only:
-        return sample_only(args, device)
+        return sample_only(args, device) if RANK == 0 else None
     state = state_to_resume(args) if args.resume else None
     if WORLD_SIZE > 1:
         dist.init_process_group()
 
-    images = rank_0_first(lambda: load_images(args.dataset, args.data_dir, train=True)).to(device)
+    images = one_first(lambda: load_images(args.dataset, args.data_dir, train=True)).to(device)
     test_images = load_images(args.dataset, args.data_dir, train=False)[:NUM_VALIDATION_IMAGES].to(device)
     if args.batch_size > len(images):
         fail(f"argument --batch-size: {args.batch_size} is more than the {len(images)} training images", code=2)
     run = Run(args, len(images), device, state)
-    if run.step >= run.last_step:
-        fail(f"{run.path} has all of its {run.step} steps. Give a larger --epochs or --max-steps to go on.", code=2)
-    if RANK == 0 and not args.resume:
-        keep_earlier_checkpoint(run.path)
-
     if RANK == 0:
+        if not args.resume:
+            keep_earlier_checkpoint(run.path)
         draw_noise_schedule(args.output_dir / "noise_schedule.png", args.timesteps)
         draw_forward_process(args.output_dir / "forward_process.png", run.scheduler, test_images[:4], args.seed)
     train(run, images, test_images)
     if RANK == 0:
         draw_denoising(run)
+        state = run.state_dict()
+        save_checkpoint(args.output_dir / "weights.pt", {key: state[key] for key in ("format", "settings", "ema")})
         report(run)
     if WORLD_SIZE > 1:
         dist.destroy_process_group()

@@ -1,9 +1,11 @@
 """What the tests share: a small piece of the real MNIST, and the program run as a user runs it."""
 
+import signal
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -34,6 +36,37 @@ def small_data(images, tmp_path_factory) -> Path:
         (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, count, 28, 28) + pixels)
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, count) + labels)
     return data_dir
+
+
+def run_main(*options) -> int:
+    """The same program in this process, which saves the seconds of its imports: its exit code."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with mock.patch("sys.argv", ["train_diffusion.py", *map(str, options)]):
+            train_diffusion.main()
+        return 0
+    except SystemExit as end:
+        return end.code
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def same_state(first, second) -> bool:
+    """Whether two loaded checkpoints hold the same bits, timings aside."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        timings = {"seconds", "images_per_second"}
+        return first.keys() == second.keys() and all(same_state(first[k], second[k]) for k in first.keys() - timings)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(same_state, first, second))
+    return first == second
+
+
+def same_checkpoint(first: Path, second: Path) -> bool:
+    """The same for the checkpoint.pt in two folders."""
+    return same_state(*(train_diffusion.load_checkpoint(folder / "checkpoint.pt") for folder in (first, second)))
 
 
 def run_program(*options, timeout: int = 100, **settings) -> subprocess.CompletedProcess:

@@ -9,7 +9,16 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, STEPS_PER_EPOCH, TINY, assert_one_line_error, run_program
+from conftest import (
+    ROOT,
+    STEPS_PER_EPOCH,
+    TINY,
+    assert_one_line_error,
+    run_main,
+    run_program,
+    same_checkpoint,
+    same_state,
+)
 from matplotlib.image import imread
 
 import train_diffusion as program
@@ -29,27 +38,24 @@ def read_log(folder):
         return list(csv.DictReader(file))
 
 
-def same_state(first, second) -> bool:
-    """Whether two loaded checkpoints hold the same bits, timings aside."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        timings = {"seconds", "images_per_second"}
-        return first.keys() == second.keys() and all(same_state(first[k], second[k]) for k in first.keys() - timings)
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same_state, first, second))
-    return first == second
-
-
 # --- the main job --------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_leaves_its_files(finished):
     folder, result = finished
-    assert {"samples_epoch_2.png", "samples_epoch_3.png", "loss_curve.png", "train_log.csv", "checkpoint.pt"} <= {
-        path.name for path in folder.iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "samples_epoch_2.png",
+        "samples_epoch_3.png",
+        "samples_progress.png",
+        "loss_curve.png",
+        "noise_schedule.png",
+        "forward_process.png",
+        "denoising.png",
+        "denoising.gif",
+        "train_log.csv",
+        "checkpoint.pt",
+        "weights.pt",
     }
-    assert not list(folder.glob("*.tmp")) and not (folder / "samples_epoch_1.png").exists()
     assert imread(folder / "samples_epoch_3.png").shape == (62, 62, 3)
     assert "epoch 3/3" in result.stdout and "--sample-only" in result.stdout
     assert result.stderr == ""  # no bars where there is no terminal, and no warnings
@@ -65,12 +71,25 @@ def test_the_log_has_a_row_for_every_epoch(finished):
 
 def test_the_same_seed_gives_the_same_files_and_another_seed_others(finished, small_data, tmp_path):
     for seed in (0, 1):
-        run_program(*TINY, "--epochs", 3, "--sample-every", 2, "--data-dir", small_data, "--output-dir", tmp_path / str(seed),
-                    "--seed", seed, "--quiet")  # fmt: skip
+        run_main(
+            *TINY,
+            "--epochs",
+            3,
+            "--sample-every",
+            2,
+            "--data-dir",
+            small_data,
+            "--output-dir",
+            tmp_path / str(seed),
+            "--seed",
+            seed,
+            "--quiet",
+        )
     for name in ("samples_epoch_2.png", "samples_epoch_3.png"):
         assert (tmp_path / "0" / name).read_bytes() == (finished[0] / name).read_bytes()
         assert (tmp_path / "1" / name).read_bytes() != (finished[0] / name).read_bytes()
-    assert same_state(*(program.load_checkpoint(folder / "checkpoint.pt") for folder in (tmp_path / "0", finished[0])))
+    assert same_checkpoint(tmp_path / "0", finished[0])
+    assert not same_checkpoint(tmp_path / "1", finished[0])
 
 
 def test_max_steps_stops_in_the_middle_and_samples(small_data, tmp_path):
@@ -91,9 +110,8 @@ def test_resuming_anywhere_gives_the_run_that_never_stopped(finished, small_data
     """Stopped in the middle of the first epoch and in the third; every tensor, the log and the pictures."""
     options = [*TINY, "--epochs", 3, "--sample-every", 2, "--data-dir", small_data, "--output-dir", tmp_path]
     for extra in (["--max-steps", 3], ["--resume", "--max-steps", 2 * STEPS_PER_EPOCH + 1], ["--resume"]):
-        result = run_program(*options, *extra)
-        assert result.returncode == 0, result.stderr
-    assert same_state(*(program.load_checkpoint(folder / "checkpoint.pt") for folder in (tmp_path, finished[0])))
+        assert run_main(*options, *extra) == 0
+    assert same_checkpoint(tmp_path, finished[0])
     for row, expected in zip(read_log(tmp_path), read_log(finished[0]), strict=True):
         assert list(row.items())[:4] == list(expected.items())[:4]
     for name in ("samples_epoch_2.png", "samples_epoch_3.png"):
@@ -111,9 +129,61 @@ def test_sample_only_draws_what_training_drew(finished, tmp_path):
     assert (tmp_path / "new" / "grid.png").read_bytes() == (folder / "samples_epoch_3.png").read_bytes()
 
 
+def test_the_weights_alone_draw_the_same_and_cannot_be_resumed(finished, tmp_path, capsys):
+    shutil.copy(finished[0] / "weights.pt", tmp_path / "checkpoint.pt")
+    assert run_main("--sample-only", "--output-dir", tmp_path, "--num-samples", 4, "--sample-steps", 2, "--quiet") == 0
+    assert (tmp_path / "samples.png").read_bytes() == (finished[0] / "samples_epoch_3.png").read_bytes()
+    assert run_main(*TINY, "--output-dir", tmp_path, "--resume") == 2
+    assert "weights to sample with" in capsys.readouterr().err
+
+
+def test_the_repository_holds_weights_of_the_default_run_to_draw_with(tmp_path):
+    state, defaults = program.load_checkpoint(ROOT / "pretrained.pt"), program.parse_options([])
+    assert state["settings"] == {name: getattr(defaults, name) for name in program.SETTINGS}
+    assert (ROOT / "pretrained.pt").stat().st_size <= 4_000_000
+    assert (
+        run_main(
+            "--sample-only",
+            "--output-dir",
+            tmp_path,
+            "--num-samples",
+            16,
+            "--sample-steps",
+            10,
+            "--quiet",
+            "--output",
+            tmp_path / "digits.npy",
+        )
+        == 0
+    )
+    digits = np.load(tmp_path / "digits.npy")
+    ink = (digits > 127).mean(axis=(1, 2))  # of MNIST's own images, 99 % have 3 to 24 % white pixels
+    assert ((ink > 0.02) & (ink < 0.3)).all() and (digits[:, 0] < 64).mean() > 0.99  # strokes inside, black at the edge
+
+
+def test_resuming_a_finished_run_draws_what_a_crash_may_have_left_out(finished, small_data, tmp_path):
+    shutil.copy(finished[0] / "checkpoint.pt", tmp_path)
+    assert (
+        run_main(*TINY, "--epochs", 3, "--sample-every", 2, "--data-dir", small_data, "--output-dir", tmp_path, "--resume")
+        == 0
+    )
+    assert (tmp_path / "denoising.png").exists() and same_checkpoint(tmp_path, finished[0])
+
+
 def test_sample_only_writes_an_array(finished, tmp_path):
-    result = run_program("--sample-only", "--output-dir", finished[0], "--num-samples", 5, "--sample-steps", 3, "--eta", 0,
-                         "--output", tmp_path / "digits.npy")  # fmt: skip
+    result = run_program(
+        "--sample-only",
+        "--output-dir",
+        finished[0],
+        "--num-samples",
+        5,
+        "--sample-steps",
+        3,
+        "--eta",
+        0,
+        "--output",
+        tmp_path / "digits.npy",
+    )
     assert result.returncode == 0, result.stderr
     digits = np.load(tmp_path / "digits.npy")
     assert digits.shape == (5, 28, 28) and digits.dtype == np.uint8 and digits.std() > 0
@@ -129,6 +199,7 @@ def test_sample_only_writes_an_array(finished, tmp_path):
         (["--batch-size", "-1"], ["--batch-size"]),
         (["--num-samples", "many"], ["--num-samples", "many"]),
         (["--lr", "0"], ["--lr"]),
+        (["--lr", "fast"], ["--lr", "number", "fast"]),
         (["--lr", "nan"], ["--lr"]),
         (["--eta", "1.5"], ["--eta", "between 0 and 1"]),
         (["--timesteps", "1"], ["--timesteps", "2"]),
@@ -136,22 +207,23 @@ def test_sample_only_writes_an_array(finished, tmp_path):
         (["--base-channels", "12"], ["--base-channels", "8"]),
         (["--dataset", "CIFAR10"], ["--dataset", "FashionMNIST"]),
         (["--schedule", "sigmoid"], ["--schedule", "cosine"]),
-        (["--output", "digits.jpg"], ["--output", ".png"]),
+        (["--sample-only", "--output", "digits.jpg"], ["--output", ".png"]),
+        (["--output", "digits.png"], ["--output", "--sample-only"]),
+        (["--sample-only", "--resume"], ["--sample-only", "--resume"]),
+        (["--seed", str(2**64)], ["--seed"]),
         (["--device", "abacus"], ["--device", "abacus", "cpu"]),
         (["--device", "cuda:99"], ["--device", "cuda:99", "cpu"]),
         (["--no-such-option"], ["--no-such-option"]),
         (["--resume"], ["checkpoint.pt", "without --resume"]),
-        (["--sample-only"], ["checkpoint.pt"]),
+        (["--sample-only", "--checkpoint", "missing.pt"], ["missing.pt"]),
         (["--batch-size", "1000", "--data-dir", "SMALL"], ["--batch-size", "512"]),
     ],
 )
-def test_bad_options_get_one_line_and_exit_code_2(options, words, small_data, tmp_path, monkeypatch, capsys):
-    options = [str(small_data) if option == "SMALL" else option for option in options]
-    monkeypatch.setattr("sys.argv", ["train_diffusion.py", "--output-dir", str(tmp_path), *options])
-    with pytest.raises(SystemExit) as error:
-        program.main()
+def test_bad_options_get_one_line_and_exit_code_2(options, words, small_data, tmp_path, capsys):
+    options = [small_data if option == "SMALL" else option for option in options]
+    assert run_main("--output-dir", tmp_path, *options) == 2
     output = capsys.readouterr()
-    assert error.value.code == 2 and output.out == ""
+    assert output.out == ""
     assert output.err.count("\n") == 1 and all(word in output.err for word in words), output.err
     assert not list(tmp_path.iterdir())
 
@@ -162,26 +234,37 @@ def test_bad_input_in_a_process_of_its_own(small_data, tmp_path):
     (tmp_path / "file").touch()
     result = run_program(*TINY, "--data-dir", small_data, "--output-dir", tmp_path / "file" / "folder")
     assert_one_line_error(result, 2, "--output-dir", tmp_path / "file" / "folder")
+    assert run_main("--sample-only", "--output", tmp_path / "file" / "digits.png") == 2
 
 
-def test_resuming_with_other_settings_names_each(finished, small_data, capsys, monkeypatch):
-    options = [*TINY, "--sample-every", 2, "--data-dir", small_data, "--output-dir", finished[0], "--resume", "--epochs", 4,
-               "--lr", 0.5, "--seed", 7]  # fmt: skip
-    monkeypatch.setattr("sys.argv", ["train_diffusion.py", *map(str, options)])
+def test_resuming_with_other_settings_names_each(finished, small_data, capsys):
+    options = [
+        *TINY,
+        "--sample-every",
+        2,
+        "--data-dir",
+        small_data,
+        "--output-dir",
+        finished[0],
+        "--resume",
+        "--epochs",
+        4,
+        "--lr",
+        0.5,
+        "--seed",
+        7,
+    ]
     before = (finished[0] / "checkpoint.pt").read_bytes()
-    with pytest.raises(SystemExit) as error:
-        program.main()
+    assert run_main(*options) == 2
     message = capsys.readouterr().err
-    assert error.value.code == 2 and "--lr 0.002 (now 0.5)" in message and "--seed 0 (now 7)" in message
+    assert "--lr 0.002 (now 0.5)" in message and "--seed 0 (now 7)" in message
     assert "--epochs" not in message and "--batch-size" not in message
     assert (finished[0] / "checkpoint.pt").read_bytes() == before
 
 
-def test_more_sample_steps_than_the_checkpoint_has_timesteps(finished, capsys, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_diffusion.py", "--sample-only", "--output-dir", str(finished[0])])
-    with pytest.raises(SystemExit) as error:
-        program.main()
-    assert error.value.code == 2 and "--sample-steps: 50 is more than the 20" in capsys.readouterr().err
+def test_more_sample_steps_than_the_checkpoint_has_timesteps(finished, capsys):
+    assert run_main("--sample-only", "--output-dir", finished[0]) == 2
+    assert "--sample-steps: 50 is more than the 20" in capsys.readouterr().err
 
 
 class Evil:
@@ -214,11 +297,9 @@ def test_broken_checkpoints_get_one_line_and_stay(kind, option, finished, tmp_pa
         path.write_bytes(dict(damaged_checkpoints((finished[0] / "checkpoint.pt").read_bytes()))[kind])
     before = path.read_bytes()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["train_diffusion.py", option, "--output-dir", str(tmp_path)])
-    with pytest.raises(SystemExit) as error:
-        program.main()
+    assert run_main(option, "--output-dir", tmp_path) == 1
     message = capsys.readouterr().err
-    assert error.value.code == 1 and message.count("\n") == 1 and "checkpoint.pt is damaged" in message
+    assert message.count("\n") == 1 and "checkpoint.pt is damaged" in message
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -259,7 +340,9 @@ def load_and_fail(data_dir, capsys, dataset="MNIST") -> str:
 def test_missing_data_without_network_names_file_folder_and_remedy(no_network, tmp_path, capsys):
     for dataset in ("MNIST", "FashionMNIST", "KMNIST"):
         message = load_and_fail(tmp_path, capsys, dataset)
-        assert "train-images-idx3-ubyte.gz" in message and str(tmp_path / dataset / "raw") in message and "network" in message
+        assert (
+            "train-images-idx3-ubyte.gz" in message and str(tmp_path / dataset / "raw") in message and "network" in message
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"not gzip", "half"])

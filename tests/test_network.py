@@ -57,7 +57,9 @@ def test_output_has_the_shape_of_the_input(network, height, width):
 
 
 def test_images_may_have_several_channels():
-    assert UNet(NoiseScheduler(), image_channels=3, base_channels=8)(torch.randn(2, 3, 8, 8), torch.tensor([0, 9])).shape == (2, 3, 8, 8)
+    assert UNet(NoiseScheduler(), image_channels=3, base_channels=8)(
+        torch.randn(2, 3, 8, 8), torch.tensor([0, 9])
+    ).shape == (2, 3, 8, 8)
 
 
 @pytest.mark.parametrize("height, width", [(30, 28), (28, 30), (27, 27)])
@@ -124,7 +126,9 @@ def test_skip_connections_reach_the_way_up(network, block):
     """The second half of the channels that each block on the way up gets comes straight from the way down."""
     seen = {}
     hooks = [
-        getattr(network, name).register_forward_hook(lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
+        getattr(network, name).register_forward_hook(
+            lambda module, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+        )
         for name in (block, block.replace("up", "down"))
     ]
     with torch.no_grad():

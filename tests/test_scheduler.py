@@ -15,7 +15,10 @@ EDGES = [0, 1, 2, 17, T // 2, T - 2, T - 1]
 
 def reference_tables(num_timesteps: int, schedule: str) -> dict[str, list[float]]:
     """Every table from its definition, one number at a time, in Python's own float64."""
-    alpha_bar, tables = 1.0, {"betas": [], "alphas": [], "alphas_cumprod": [], "alphas_cumprod_prev": [], "posterior_variance": []}
+    alpha_bar, tables = (
+        1.0,
+        {"betas": [], "alphas": [], "alphas_cumprod": [], "alphas_cumprod_prev": [], "posterior_variance": []},
+    )
     for i in range(num_timesteps):
         if schedule == "cosine":
             curve = [math.cos((j / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for j in (i, i + 1)]
@@ -259,6 +262,12 @@ def test_every_image_of_a_batch_may_be_at_its_own_timestep(scheduler):
 def test_eta_out_of_range_is_refused(scheduler, eta):
     with pytest.raises(ValueError, match="eta"):
         scheduler.step(images(), 5, images(), eta=eta)
+
+
+@pytest.mark.parametrize("t, t_prev", [(5, 5), (5, 6), (5, -2), (torch.tensor([5, 5, 5]), torch.tensor([4, 5, 4]))])
+def test_a_step_that_does_not_go_back_is_refused(scheduler, t, t_prev):
+    with pytest.raises(ValueError, match="t_prev"):
+        scheduler.step(images(), t, images(), t_prev)
 
 
 def test_a_float32_step_is_as_good_as_a_float64_one(scheduler):

@@ -40,7 +40,9 @@ def test_pixels_go_into_the_model_and_back_unchanged():
     x_0 = program.to_model(pixels)
     assert x_0.shape == (1, 1, 16, 16) and x_0.min() == -1 and x_0.max() == 1
     assert torch.equal(program.to_uint8(x_0), pixels)
-    assert torch.equal(program.to_uint8(torch.tensor([[[[-1.5, 0.0, 1.5]]]])), torch.tensor([[[0, 128, 255]]], dtype=torch.uint8))
+    assert torch.equal(
+        program.to_uint8(torch.tensor([[[[-1.5, 0.0, 1.5]]]])), torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)
+    )
 
 
 # --- random draws --------------------------------------------------------------------------------------------------------
@@ -67,7 +69,13 @@ def test_every_purpose_and_seed_has_its_own_numbers():
         return torch.randn(8, generator=program.generator_for(purpose, seed))
 
     assert torch.equal(draw("sampling", 0), draw("sampling", 0))
-    draws = [draw("sampling", 0), draw("sampling", 1), draw("training step 0", 0), draw("training step 1", 0), torch.randn(8)]
+    draws = [
+        draw("sampling", 0),
+        draw("sampling", 1),
+        draw("training step 0", 0),
+        draw("training step 1", 0),
+        torch.randn(8),
+    ]
     assert len({tuple(values.tolist()) for values in draws}) == len(draws)
 
 
@@ -96,7 +104,7 @@ def test_a_few_steps_on_real_digits_lower_the_loss(images, tmp_path):
 def test_the_average_follows_fast_at_first_and_slowly_later():
     for n, decay in ((1, 2 / 11), (90, 91 / 100), (10**6, program.EMA_DECAY)):
         averaged, current = [torch.tensor([1.0, -3.0])], [torch.tensor([5.0, 0.0])]
-        program.update_ema(averaged, current, torch.tensor(n))
+        program.update_ema(averaged, current, n)
         torch.testing.assert_close(averaged[0], decay * torch.tensor([1.0, -3.0]) + (1 - decay) * current[0])
 
 
