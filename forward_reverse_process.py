@@ -267,6 +267,8 @@ class SinusoidalPositionalEmbedding(nn.Module):
 
 
 NORM_GROUPS = 8  # groups of channels that GroupNorm brings to mean 0 and variance 1 together
+NUM_HEADS = 2  # of the attention: each looks for something of its own
+BASE_CHANNELS_FACTOR = 16  # so that the groups divide all widths
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -312,8 +314,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, H*W, C]
-        query, key, value = self.to_qkv(tokens).unsqueeze(1).chunk(3, dim=-1)  # three of [B, 1 head, H*W, C]
-        attended = F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        query, key, value = (
+            part.unflatten(2, (NUM_HEADS, -1)).transpose(1, 2)  # [B, H*W, C] -> [B, heads, H*W, C / heads]
+            for part in self.to_qkv(tokens).chunk(3, dim=2)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # -> [B, H*W, C]
         return x + self.to_out(attended).transpose(1, 2).unflatten(2, x.shape[2:])  # [B, H*W, C] -> [B, C, H, W]
 
 
@@ -326,15 +331,15 @@ class UNet(nn.Module):
 
         x_t    [B, 1, 28, 28]
           fold 2x2 pixels into channels    [B, 4, 14, 14]
-          stem, down_block                 [B, c, 14, 14] ------------------ skip -----------------.
-            downsample, low_down_block     [B, 3c, 7, 7]  ----- skip -----.                        |
-              attention, middle_block      [B, 3c, 7, 7]                  |                        |
-            low_up_block                   [B, 3c, 7, 7]  <---- concat ---'                        |
-          upsample, up_block               [B, c, 14, 14] <----------------- concat ---------------'
+          stem, down_block                 [B, c, 14, 14]  ----------------- skip -----------------.
+            downsample, low_down_blocks    [B, 2.5c, 7, 7] ---- skips ----.                        |
+              attention, middle_block      [B, 2.5c, 7, 7]                |                        |
+            low_up_blocks                  [B, 2.5c, 7, 7] <--- concat ---'                        |
+          upsample, up_block               [B, c, 14, 14]  <---------------- concat ---------------'
           head, unfold                     [B, 1, 28, 28], added to x_t's own share
 
-    Folding loses nothing and makes the costliest convolutions four times cheaper; most of the channels sit at the lowest
-    resolution, where a convolution costs little.
+    Folding loses nothing and makes the costliest convolutions four times cheaper. Most of the layers sit at the lowest
+    resolution: they cost least there, and there it is settled which digit it will be.
 
     The finest skip connection is x_t itself. If images were N(0, I) too, the best guess at the noise would be
     E[eps | x_t] = sqrt(1 - alpha-bar_t) x_t. The network starts from that guess and learns what to add:
@@ -348,7 +353,7 @@ class UNet(nn.Module):
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.
         image_channels: channels of the images, 1 for grey.
-        base_channels: c above, a multiple of 8.
+        base_channels: c above, a multiple of 16.
 
     Raises:
         ValueError: for other base_channels; in `forward`, for a height or width that 4 does not divide.
@@ -356,9 +361,9 @@ class UNet(nn.Module):
 
     def __init__(self, scheduler: NoiseScheduler, image_channels: int = 1, base_channels: int = 32) -> None:
         super().__init__()
-        if base_channels < NORM_GROUPS or base_channels % NORM_GROUPS:
-            raise ValueError(f"base_channels must be a positive multiple of {NORM_GROUPS}, not {base_channels}")
-        high, low = base_channels, 3 * base_channels  # channels at half resolution and at a quarter
+        if base_channels < 1 or base_channels % BASE_CHANNELS_FACTOR:
+            raise ValueError(f"base_channels must be a positive multiple of {BASE_CHANNELS_FACTOR}, not {base_channels}")
+        high, low = base_channels, 5 * base_channels // 2  # channels at half resolution and at a quarter
         time_dim = 4 * base_channels
         self.register_buffer("sqrt_alphas_cumprod", scheduler.sqrt_alphas_cumprod, persistent=False)
         self.register_buffer("sqrt_one_minus_alphas_cumprod", scheduler.sqrt_one_minus_alphas_cumprod, persistent=False)
@@ -373,10 +378,10 @@ class UNet(nn.Module):
         self.stem = nn.Conv2d(4 * image_channels, high, 3, padding=1)
         self.down_block = ResidualBlock(high, high, time_dim)
         self.downsample = nn.Conv2d(high, low, 2, stride=2)
-        self.low_down_block = ResidualBlock(low, low, time_dim)
+        self.low_down_blocks = nn.ModuleList(ResidualBlock(low, low, time_dim) for _ in range(2))
         self.attention = SelfAttention(low)
         self.middle_block = ResidualBlock(low, low, time_dim)
-        self.low_up_block = ResidualBlock(low + low, low, time_dim)
+        self.low_up_blocks = nn.ModuleList(ResidualBlock(low + low, low, time_dim) for _ in range(2))
         self.upsample = nn.Sequential(nn.Conv2d(low, 4 * high, 1), nn.PixelShuffle(2))
         self.up_block = ResidualBlock(high + high, high, time_dim)
         self.head = nn.Sequential(
@@ -392,9 +397,14 @@ class UNet(nn.Module):
 
         h = self.stem(F.pixel_unshuffle(x_t, 2))
         skip = self.down_block(h, time)
-        low_skip = self.low_down_block(self.downsample(skip), time)
-        h = self.middle_block(self.attention(low_skip), time)
-        h = self.low_up_block(torch.cat([h, low_skip], dim=1), time)
+        h = self.downsample(skip)
+        low_skips = []
+        for block in self.low_down_blocks:
+            h = block(h, time)
+            low_skips.append(h)
+        h = self.middle_block(self.attention(h), time)
+        for block in self.low_up_blocks:
+            h = block(torch.cat([h, low_skips.pop()], dim=1), time)
         h = self.up_block(torch.cat([self.upsample(h), skip], dim=1), time)
         correction = F.pixel_shuffle(self.head(h), 2)
         return look_up(self.sqrt_one_minus_alphas_cumprod, t) * x_t + look_up(self.sqrt_alphas_cumprod, t) * correction

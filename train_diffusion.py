@@ -41,7 +41,7 @@ from torchvision import datasets
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
+from forward_reverse_process import BASE_CHANNELS_FACTOR, NoiseScheduler, UNet
 
 HERE = Path(__file__).resolve().parent
 WARMUP_STEPS = 200  # optimiser steps in which the learning rate rises
@@ -718,7 +718,7 @@ def make_parser() -> Parser:
     add("--lr", type=positive_float, default=0.002, help="highest learning rate (AdamW)")
     add("--timesteps", type=positive_int, default=1000, help="T, steps of the forward process")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t")
-    add("--base-channels", type=positive_int, default=32, help="width of the U-Net, a multiple of 8")
+    add("--base-channels", type=positive_int, default=32, help="width of the U-Net, a multiple of 16")
     add("--max-steps", type=positive_int, metavar="N", help="stop after N optimiser steps in all, and end as usual")
     add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pt; repeat the other options of that run")
     add("--save-every-minutes", type=positive_float, default=5.0, help="minutes between checkpoints within an epoch")
@@ -736,7 +736,7 @@ def make_parser() -> Parser:
     add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="what to learn")
     add("--data-dir", type=Path, default=HERE / "data", help="folder of the data sets; what is missing is downloaded")
     add("--output-dir", type=Path, default=Path(), help="folder for all that a run writes; made if missing")
-    add("--seed", type=int, default=0, help="the same seed gives the same files (on the same kind of CPU)")
+    add("--seed", type=int, default=0, help="the same seed gives the same weights and pictures (on the same kind of CPU)")
     add("--device", default="auto", help="cpu, cuda, mps, or auto: cuda, else mps, else cpu")
     add("--quiet", action="store_true", help="no progress bars, no line per epoch")
     return parser
@@ -746,8 +746,8 @@ def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
     """The options, checked against each other."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.base_channels % NORM_GROUPS:
-        parser.error(f"argument --base-channels: must be a multiple of {NORM_GROUPS}, not {args.base_channels}")
+    if args.base_channels % BASE_CHANNELS_FACTOR:
+        parser.error(f"argument --base-channels: must be a multiple of {BASE_CHANNELS_FACTOR}, not {args.base_channels}")
     if args.timesteps < 2:
         parser.error("argument --timesteps: must be at least 2")
     if not 0 <= args.seed < 2**63:
@@ -815,7 +815,10 @@ def load_model(path: Path, device: torch.device) -> tuple[UNet, NoiseScheduler]:
     settings = state["settings"]
     scheduler = NoiseScheduler(settings["timesteps"], settings["schedule"]).to(device)
     model = UNet(scheduler, base_channels=settings["base_channels"]).to(device, memory_format=torch.channels_last).eval()
-    model.load_state_dict(state["ema"])
+    try:
+        model.load_state_dict(state["ema"])
+    except (KeyError, RuntimeError):
+        fail(f"{path} holds the weights of another network than this program's. Name another one.", code=1)
     return model, scheduler
 
 

@@ -15,7 +15,7 @@ import train_diffusion
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_TEST = 512, 64
 # A network and a run so small that a step takes milliseconds; 8 steps make an epoch of the small data set.
-TINY = ["--base-channels", "8", "--batch-size", "64", "--timesteps", "20", "--num-samples", "4", "--sample-steps", "2"]
+TINY = ["--base-channels", "16", "--batch-size", "64", "--timesteps", "20", "--num-samples", "4", "--sample-steps", "2"]
 STEPS_PER_EPOCH = NUM_TRAIN // 64
 
 

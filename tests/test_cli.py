@@ -204,7 +204,7 @@ def test_sample_only_writes_an_array(finished, tmp_path):
         (["--eta", "1.5"], ["--eta", "between 0 and 1"]),
         (["--timesteps", "1"], ["--timesteps", "2"]),
         (["--timesteps", "20"], ["--sample-steps", "50", "--timesteps 20"]),
-        (["--base-channels", "12"], ["--base-channels", "8"]),
+        (["--base-channels", "24"], ["--base-channels", "16"]),
         (["--dataset", "CIFAR10"], ["--dataset", "FashionMNIST"]),
         (["--schedule", "sigmoid"], ["--schedule", "cosine"]),
         (["--sample-only", "--output", "digits.jpg"], ["--output", ".png"]),
@@ -319,6 +319,17 @@ def test_every_flipped_byte_is_harmless_or_found(finished, tmp_path, capsys):
 
 
 # --- broken data ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_another_network_get_one_line(finished, tmp_path, capsys):
+    state = program.load_checkpoint(finished[0] / "weights.pt")
+    state["ema"]["stem.weight"] = state["ema"]["stem.weight"][:5]
+    program.save_checkpoint(tmp_path / "odd.pt", state)
+    assert (
+        run_main("--sample-only", "--checkpoint", tmp_path / "odd.pt", "--output-dir", tmp_path, "--sample-steps", 2) == 1
+    )
+    message = capsys.readouterr().err
+    assert "odd.pt holds the weights of another network" in message and message.count("\n") == 1
 
 
 @pytest.fixture()
