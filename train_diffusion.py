@@ -555,7 +555,7 @@ def show_images(axes: Axes, images: Tensor, column_labels: list[str], row_labels
     """Draw uint8 images [rows, columns, 28, 28] with a label under each column and beside each row."""
     rows, columns, size, _ = images.shape
     grid = make_grid(images.reshape(-1, 1, size, size), nrow=columns, padding=2)[0]
-    axes.imshow(grid.cpu(), cmap="gray", vmin=0, vmax=255)
+    axes.imshow(grid.cpu().numpy(), cmap="gray", vmin=0, vmax=255)
     centre = 2 + size / 2
     axes.set_xticks([centre + i * (size + 2) for i in range(columns)], column_labels)
     axes.set_yticks([centre + i * (size + 2) for i in range(rows)], row_labels)
@@ -653,7 +653,7 @@ def draw_denoising(run: Run) -> None:
 def draw_progress(path: Path, strips: list[tuple[int, Tensor]]) -> None:
     """The first digits of every sample grid, one row an epoch: the same noise, ever better weights."""
     images = torch.stack([strip for _, strip in strips])
-    figure = Figure(figsize=(6, 1.2 + 0.7 * len(strips)), layout="constrained")
+    figure = Figure(figsize=(6, 0.5 + 0.75 * len(strips)), layout="constrained")
     axes = figure.subplots()
     show_images(axes, images, [""] * images.shape[1], [f"epoch {epoch}" for epoch, _ in strips])
     axes.set_title("Samples from the same noise")
