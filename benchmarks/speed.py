@@ -140,14 +140,14 @@ def flops_per_image(step: Callable[[], object]) -> float:
 
 
 def peak_memory(name: str, device: torch.device) -> float:
-    """MiB: of the process on the CPU, of the device's memory on a GPU, after ten steps in a process of its own."""
+    """MiB: of the process on the CPU, of the device's memory on a GPU, after three steps in a process of its own."""
     command = [sys.executable, __file__, "--device", str(device), "--memory-of", name]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def print_peak_memory(name: str, device: torch.device) -> None:
     _, step = make(name, device)
-    for _ in range(10):
+    for _ in range(3):
         step()
     if device.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
@@ -170,7 +170,11 @@ def main() -> None:
     if args.memory_of:
         return print_peak_memory(args.memory_of, device)
 
-    contenders = {name: make(name, device) for name in ["ours", *([] if args.without_peers else PEERS)]}
+    names = ["ours", *([] if args.without_peers else PEERS)]
+    memory = {
+        name: peak_memory(name, device) for name in names
+    }  # first: a process inherits the peak of the one that starts it
+    contenders = {name: make(name, device) for name in names}
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     conv_rates = []
     for _ in range(args.rounds + 1):
@@ -185,7 +189,7 @@ def main() -> None:
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "training_images_per_second": summary(rates[name][1:]),  # the first round warms up
             "ours_over_this": summary([ours / this for ours, this in zip(rates["ours"][1:], rates[name][1:])]),
-            "peak_memory_mib": round(peak_memory(name, device)),
+            "peak_memory_mib": round(memory[name]),
         }
         print(json.dumps(figures), flush=True)
     shares = [rate * our_flops / 1e9 / best for rate, best in zip(rates["ours"][1:], conv_rates[1:])]
