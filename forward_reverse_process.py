@@ -26,7 +26,8 @@ about 1:
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps
 
 Conventions. Timesteps count from 0: x_t at t = 0 has been noised once, at t = T - 1 it is noise with next to nothing of the
-image, and t = -1 stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) Pixels lie in [-1, 1].
+image, and t = -1 stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) The name x_0 always means
+the clean image, as in the papers; in the formulas x_{t-1} at t = 0 is x_0. Pixels lie in [-1, 1].
 
 Papers, as cited below:
 
@@ -199,9 +200,9 @@ class NoiseScheduler(nn.Module):
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, shaped like x_t; drawn if not given.
-            clamp: keep the predicted x_0 in [-1, 1], where images live. At large t it is a small difference divided by a
-                tiny sqrt(alpha-bar_t): a small error in eps_theta can throw it far outside, and would feed on itself from
-                step to step. (Clamping x_t instead would cut off noise that belongs to it.)
+            clamp: keep the predicted x_0 in [-1, 1], where images live; what leaves that range would feed on itself from
+                step to step. At large t it matters most, where `predict_x0` divides the error of eps_theta by a tiny
+                sqrt(alpha-bar_t). (Clamping x_t instead would cut off noise that belongs to it.)
 
         Raises:
             ValueError: if eta is not in [0, 1], or t_prev not in -1 ... t - 1.
@@ -224,7 +225,8 @@ class NoiseScheduler(nn.Module):
         noise_std = look_up(self.sqrt_one_minus_alphas_cumprod, t)
         signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # these tables begin at t = -1
         noise_std_prev = look_up(self.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1)
-        sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()  # DDIM eq. 16
+        # DDIM eq. 16; near t = 0 float32 loses about a thousandth of sigma here, where sigma is tiny.
+        sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()
         direction = (noise_std_prev**2 - sigma**2).clamp(min=0).sqrt() * noise_pred  # clamped, as rounding may leave -1e-8
         return signal_prev * x_0_pred + direction + sigma * noise  # DDIM eq. 12
 
@@ -346,9 +348,10 @@ class UNet(nn.Module):
 
         eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) layers(x_t, t)
 
-    so that at large t, where x_t is all noise, it need not learn to copy. What is left for the layers to learn is called v,
-    v = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0 (Salimans, Ho 2022, section 4). The last layer of every branch
-    starts at zero: a new network makes exactly that guess, and training starts calmly.
+    so that at large t, where x_t is all noise, it need not learn to copy. What is left for the layers to learn is called v:
+    put x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps into eps - sqrt(1 - alpha-bar_t) x_t, and it becomes
+    sqrt(alpha-bar_t) v with v = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0 (Salimans, Ho 2022, section 4). The last
+    layer of every branch starts at zero: a new network makes exactly that guess, and training starts calmly.
 
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.

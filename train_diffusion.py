@@ -126,9 +126,10 @@ def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep per image, int64 [B], each uniform on 0 ... T - 1 and together spread evenly over that range.
+    """One timestep per image, int64 [B], together spread evenly over 0 ... T - 1.
 
     Image i draws from the i-th of B equal slices: no batch happens to be all early or all late, and the loss is steadier.
+    As training shuffles the images, each meets every timestep equally often.
     """
     device = generator.device
     slices = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device)
@@ -249,7 +250,7 @@ def train_step(run: Run, images: Tensor) -> Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         noise_pred = run.network(x_t, t)
     squared_error = (noise_pred - noise).square().mean(dim=(1, 2, 3))  # [B, 1, 28, 28] -> [B]
-    weighted_loss = (squared_error / run.scheduler.alphas_cumprod[t]).mean()
+    weighted_loss = (squared_error / run.scheduler.alphas_cumprod[t].clamp(min=1e-9)).mean()  # below, all is rounding
 
     # Learn.
     run.optimizer.zero_grad()
@@ -269,8 +270,6 @@ def train_epoch(run: Run, images: Tensor, interrupts: list[int]) -> bool:
     epoch, first = divmod(run.step, run.steps_per_epoch)
     order = torch.randperm(len(images), generator=generator_for(f"order of epoch {epoch + 1}", args.seed))
     batches = order[: run.steps_per_epoch * args.batch_size].to(images.device).split(args.batch_size)
-    if first == 0:
-        run.step_losses.zero_()
     started = time.monotonic()
     with bar(
         args,
@@ -434,7 +433,8 @@ def denoise(
     eta: float,
     generator: torch.Generator,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The reverse process from pure noise x_t [B, 1, H, W] to images (DDPM, Algorithm 2; with eta < 1 towards DDIM).
+    """The reverse process from pure noise x_t [B, 1, H, W] to images (DDPM's Algorithm 2
+    if eta = 1 and every timestep is visited; fewer timesteps or less eta are DDIM's).
 
     Yields, at every timestep, (t, x_t, the x_0 that the network sees in it), and last (-1, x_0, x_0).
     """
@@ -727,7 +727,7 @@ def make_parser() -> Parser:
     add("--sample-every", type=positive_int, default=5, help="epochs between sample grids")
     add("--num-samples", type=positive_int, default=64, help="images to draw")
     add("--sample-steps", type=positive_int, default=50, help="network calls per image, at most --timesteps")
-    add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 1 is DDPM, 0 is DDIM")
+    add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 0 is DDIM, 1 is as in DDPM")
     add("--sample-only", action="store_true", help="no training: draw with --checkpoint and write --output")
     add("--checkpoint", type=Path, help=checkpoint)
     add("--output", type=Path, help=output)
@@ -877,8 +877,14 @@ def report(run: Run) -> None:
     print("  forward_process.png, noise_schedule.png       how images become noise")
     print("  loss_curve.png, train_log.csv                 how well the noise is predicted")
     print("  checkpoint.pt, weights.pt                     to go on with; to draw with")
-    draw = ["--sample-only", "--checkpoint", str(run.path), "--sample-steps", str(run.args.sample_steps)]
-    print(f"Draw more: python train_diffusion.py {shlex.join(draw)}")
+    again = {
+        "--checkpoint": run.path,
+        "--sample-steps": run.args.sample_steps,
+        "--eta": run.args.eta,
+        "--seed": run.args.seed + 1,
+    }
+    draw = [str(word) for option in again.items() for word in option]
+    print(f"Draw more: python train_diffusion.py --sample-only {shlex.join(draw)}")
     longer = "more --epochs" if run.step == run.total_steps else "without --max-steps"
     print(f"Train on:  the same command with --resume, {longer}")
 
