@@ -4,14 +4,16 @@ Take an image x_0 and mix in a little Gaussian noise, T times over, until nothin
 process, and it needs no learning. Then train a network to say which noise was mixed in. Whoever knows the noise can take a
 little of it away again: that is the reverse process, and started from pure noise it draws new images.
 
-    NoiseScheduler                 how much noise at which step: q(x_t | x_0), its posterior, and one reverse step
+    NoiseScheduler                 how much noise at which step: q(x_t | x_0); its posterior q(x_{t-1} | x_t, x_0), which
+                                   says where x_t came from if x_0 is known; and one reverse step
     SinusoidalPositionalEmbedding  the timestep as a vector that a network can read
     UNet                           eps_theta(x_t, t), the network that predicts the noise
 
 Symbols in the papers and their names here:
 
     x_0, x_t          clean image, image at timestep t           x_0, x_t
-    eps               the noise in x_t, drawn from N(0, I)       noise
+    q                 the probabilities of the forward process   (add_noise, posterior)
+    eps               all the noise in x_t, as one N(0, I) draw  noise
     eps_theta         the network's prediction of it             noise_pred
     beta_t            variance of the noise that step t adds     betas
     alpha_t           1 - beta_t                                 alphas
@@ -23,7 +25,7 @@ Symbols in the papers and their names here:
 One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise, so that the variance stays
 about 1:
 
-    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) eps
+    x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
 
 Conventions. Timesteps count from 0: x_t at t = 0 has been noised once, at t = T - 1 it is noise with next to nothing of the
 image, and t = -1 stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) The name x_0 always means
@@ -32,7 +34,7 @@ the clean image, as in the papers; in the formulas x_{t-1} at t = 0 is x_0. Pixe
 Papers, as cited below:
 
     DDPM              Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
-    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502 (its alpha is alpha-bar here)
+    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502 (alpha there: alpha-bar)
     Improved DDPM     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672
     Salimans, Ho      2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512
     Transformer       Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762
@@ -55,8 +57,9 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  s = 0.008
         alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
-    The linear schedule destroys an image long before t = T and wastes the steps after that; the cosine spreads the loss of
-    signal evenly. s keeps the first betas from vanishing. T betas need the curve at T + 1 points, from u = 0 to 1.
+    The linear schedule destroys an image long before the last step and wastes the steps after that; the cosine loses the
+    signal slowly at both ends and steadily in between. s keeps the first betas from vanishing: such tiny noise is hard to
+    predict. T betas need the curve at T + 1 points, from u = 0 to 1.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -129,7 +132,9 @@ class NoiseScheduler(nn.Module):
             q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), that is
             x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
 
-        A sum of Gaussians is a Gaussian, so all the small steps up to t are one large one, and training may visit any t.
+        A sum of Gaussians is a Gaussian, and two steps leave noise of variance alpha_t (1 - alpha_{t-1}) + 1 - alpha_t =
+        1 - alpha_t alpha_{t-1}, three the same with three alphas, and so on. So all the small steps up to t are one large
+        one, and training may visit any t.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -190,8 +195,9 @@ class NoiseScheduler(nn.Module):
             sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t)) sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
         eta = 1 and t_prev = t - 1 is DDPM's own random step (Algorithm 2): sigma^2 is then beta-tilde_t, and with
-        eps_theta = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t) the mean becomes that of eq. 7. eta = 0 is DDIM: no
-        new noise, so the starting noise alone decides the image. t_prev may lie many steps back.
+        eps_theta = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t) the mean becomes that of eq. 7. eta = 0 is DDIM:
+        no new noise, so the starting noise alone decides the image. For any eta the noise in x_{t_prev} has the variance
+        1 - alpha-bar_prev: what sigma z brings is taken from the old noise. t_prev may lie many steps back.
 
         Args:
             noise_pred: eps_theta(x_t, t), shaped like x_t.
@@ -217,7 +223,7 @@ class NoiseScheduler(nn.Module):
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
         if clamp:
             x_0_pred = x_0_pred.clamp(-1, 1)
-            noise_pred = self.predict_noise(x_t, t, x_0_pred)  # the noise that goes with the clamped image
+            noise_pred = self.predict_noise(x_t, t, x_0_pred)  # again, so that the two still add up to x_t
         if noise is None:
             noise = torch.randn_like(x_t)
 
@@ -270,7 +276,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
 
 NORM_GROUPS = 8  # groups of channels that GroupNorm brings to mean 0 and variance 1 together
 NUM_HEADS = 2  # of the attention: each looks for something of its own
-BASE_CHANNELS_FACTOR = 16  # so that the groups divide all widths
+BASE_CHANNELS_FACTOR = 24  # so that 4/3 of the width is whole too, and the groups divide both
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -334,46 +340,48 @@ class UNet(nn.Module):
         x_t    [B, 1, 28, 28]
           fold 2x2 pixels into channels    [B, 4, 14, 14]
           stem, down_block                 [B, c, 14, 14]  ----------------- skip -----------------.
-            downsample, low_down_blocks    [B, 2.5c, 7, 7] ---- skips ----.                        |
-              attention, middle_block      [B, 2.5c, 7, 7]                |                        |
-            low_up_blocks                  [B, 2.5c, 7, 7] <--- concat ---'                        |
+            downsample, low_down_blocks    [B, 4/3 c, 7, 7] --- skips ----.                        |
+              attention, middle_block      [B, 4/3 c, 7, 7]               |                        |
+            low_up_blocks                  [B, 4/3 c, 7, 7] <-- concat ---'                        |
           upsample, up_block               [B, c, 14, 14]  <---------------- concat ---------------'
           head, unfold                     [B, 1, 28, 28], added to x_t's own share
 
     Folding loses nothing and makes the costliest convolutions four times cheaper. Most of the layers sit at the lowest
     resolution: they cost least there, and there it is settled which digit it will be.
 
-    The finest skip connection is x_t itself. If images were N(0, I) too, the best guess at the noise would be
-    E[eps | x_t] = sqrt(1 - alpha-bar_t) x_t. The network starts from that guess and learns what to add:
+    The finest skip connection is x_t itself. If images were N(0, I) too, x_t would have variance 1 and covariance
+    sqrt(1 - alpha-bar_t) with the noise, and the best guess at the noise would be E[eps | x_t] = sqrt(1 - alpha-bar_t) x_t.
+    The network starts from that guess, and its layers learn what to add:
 
-        eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) layers(x_t, t)
+        eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
     so that at large t, where x_t is all noise, it need not learn to copy. What is left for the layers to learn is called v:
     put x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps into eps - sqrt(1 - alpha-bar_t) x_t, and it becomes
-    sqrt(alpha-bar_t) v with v = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0 (Salimans, Ho 2022, section 4). The last
-    layer of every branch starts at zero: a new network makes exactly that guess, and training starts calmly.
+    sqrt(alpha-bar_t) v with v = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0 (Salimans, Ho 2022, section 4). That is
+    nearly eps at small t, nearly -x_0 at large t, and of about the same size at every t. The last layer of every branch
+    starts at zero: a new network makes exactly that guess, and training starts calmly.
 
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.
         image_channels: channels of the images, 1 for grey.
-        base_channels: c above, a multiple of 16.
+        base_channels: c above, a multiple of 24.
 
     Raises:
         ValueError: for other base_channels; in `forward`, for a height or width that 4 does not divide.
     """
 
-    def __init__(self, scheduler: NoiseScheduler, image_channels: int = 1, base_channels: int = 32) -> None:
+    def __init__(self, scheduler: NoiseScheduler, image_channels: int = 1, base_channels: int = 48) -> None:
         super().__init__()
         if base_channels < 1 or base_channels % BASE_CHANNELS_FACTOR:
             raise ValueError(f"base_channels must be a positive multiple of {BASE_CHANNELS_FACTOR}, not {base_channels}")
-        high, low = base_channels, 5 * base_channels // 2  # channels at half resolution and at a quarter
-        time_dim = 4 * base_channels
+        high, low = base_channels, 4 * base_channels // 3  # channels at half resolution and at a quarter
+        time_dim = 2 * low
         self.register_buffer("sqrt_alphas_cumprod", scheduler.sqrt_alphas_cumprod, persistent=False)
         self.register_buffer("sqrt_one_minus_alphas_cumprod", scheduler.sqrt_one_minus_alphas_cumprod, persistent=False)
 
         self.time_embedding = nn.Sequential(
-            SinusoidalPositionalEmbedding(2 * base_channels),
-            nn.Linear(2 * base_channels, time_dim),
+            SinusoidalPositionalEmbedding(low),
+            nn.Linear(low, time_dim),
             nn.SiLU(),
             nn.Linear(time_dim, time_dim),
             nn.SiLU(),
@@ -409,5 +417,5 @@ class UNet(nn.Module):
         for block in self.low_up_blocks:
             h = block(torch.cat([h, low_skips.pop()], dim=1), time)
         h = self.up_block(torch.cat([self.upsample(h), skip], dim=1), time)
-        correction = F.pixel_shuffle(self.head(h), 2)
-        return look_up(self.sqrt_one_minus_alphas_cumprod, t) * x_t + look_up(self.sqrt_alphas_cumprod, t) * correction
+        v_pred = F.pixel_shuffle(self.head(h), 2)
+        return look_up(self.sqrt_one_minus_alphas_cumprod, t) * x_t + look_up(self.sqrt_alphas_cumprod, t) * v_pred

@@ -7,7 +7,7 @@
 
 The mathematics and the network are in forward_reverse_process.py; read that first. This file is the program around them, in
 the order in which a batch passes through it: images, one training step (DDPM's Algorithm 1), the training loop, sampling
-(Algorithm 2), then files, pictures and options.
+(Algorithm 2, and DDIM's way to take fewer steps), then files, pictures and options.
 """
 
 import argparse
@@ -46,7 +46,7 @@ from forward_reverse_process import BASE_CHANNELS_FACTOR, NoiseScheduler, UNet
 HERE = Path(__file__).resolve().parent
 WARMUP_STEPS = 200  # optimiser steps in which the learning rate rises
 ADAM_BETAS = (0.9, 0.99)
-EMA_DECAY = 0.999  # the average looks back over about 1 / (1 - decay) steps
+EMA_DECAY = 0.999  # of the moving average (EMA) of the weights, which looks back over about 1 / (1 - decay) steps
 MAX_GRAD_NORM = 1.0
 CHECK_EVERY = 20  # optimiser steps between two looks at the loss, for which a GPU must wait
 NUM_VALIDATION_IMAGES = 2000
@@ -126,14 +126,18 @@ def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -
 
 
 def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep per image, int64 [B], together spread evenly over 0 ... T - 1.
+    """One timestep per image, int64 [B], from 0 ... T - 1; t = 800 is drawn twice as often as t = 400.
 
-    Image i draws from the i-th of B equal slices: no batch happens to be all early or all late, and the loss is steadier.
-    As training shuffles the images, each meets every timestep equally often.
+    DDPM draws them evenly. But it is at large t, out of much noise, that it is decided which digit there will be; what the
+    network has to do at small t is easy, and it learns it from fewer examples. (The weight in `train_step` says how much an
+    error at t counts; this, how often the network practises there.)
+
+    Before the square root, image i draws from the i-th of B equal slices of [0, 1): no batch happens to be all early or all
+    late, and the loss is steadier.
     """
     device = generator.device
     slices = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device)
-    return (slices / batch_size * num_timesteps).long().clamp(max=num_timesteps - 1)  # rounding may reach T
+    return ((slices / batch_size).sqrt() * num_timesteps).long().clamp(max=num_timesteps - 1)  # rounding may reach T
 
 
 def lr_factor(step: int, total_steps: int) -> float:
@@ -228,12 +232,13 @@ class Run:
 
 
 def train_step(run: Run, images: Tensor) -> Tensor:
-    """One step of DDPM's Algorithm 1 on a batch of uint8 images [B, 28, 28]; returns the mean squared error, a scalar.
+    """One step of training on uint8 images [B, 28, 28]; returns the mean squared error, a scalar.
 
-    DDPM (eq. 14) minimises that error as it is. The UNet multiplies what its layers put out by sqrt(alpha-bar_t), so
-    dividing the squared error by alpha-bar_t leaves the layers' own, which counts the same at every t. Without that, large t,
-    where it is decided which digit there will be, would hardly count. (Salimans, Ho 2022, section 4: as a weight on the error
-    of x_0 this is SNR + 1, with SNR = alpha-bar / (1 - alpha-bar).) The error that is returned and logged has no weight.
+    This is DDPM's Algorithm 1 but for two things that favour large t: `draw_timesteps` and a weight. DDPM (eq. 14)
+    minimises the squared error of the noise as it is. The UNet multiplies what its layers put out, v, by sqrt(alpha-bar_t),
+    so dividing that error by alpha-bar_t leaves the error of v, which counts the same at every t; else large t would hardly
+    count. (Salimans, Ho 2022, section 4: as a weight on the error of x_0 this is SNR + 1, with the signal-to-noise ratio
+    SNR = alpha-bar / (1 - alpha-bar).) The error that is returned and logged has no weight.
 
     With several processes, each draws the timesteps and the noise of the whole batch and works on its share of them.
     """
@@ -250,7 +255,7 @@ def train_step(run: Run, images: Tensor) -> Tensor:
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         noise_pred = run.network(x_t, t)
     squared_error = (noise_pred - noise).square().mean(dim=(1, 2, 3))  # [B, 1, 28, 28] -> [B]
-    weighted_loss = (squared_error / run.scheduler.alphas_cumprod[t].clamp(min=1e-9)).mean()  # below, all is rounding
+    weighted_loss = (squared_error / run.scheduler.alphas_cumprod[t].clamp(min=1e-9)).mean()  # less would magnify rounding
 
     # Learn.
     run.optimizer.zero_grad()
@@ -306,7 +311,7 @@ def mean_loss(run: Run) -> float:
 
 @torch.inference_mode()
 def validate(run: Run, test_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of the averaged weights on images never trained on, with the same noise and timesteps every time.
+    """Loss of the averaged weights on images never trained on, at timesteps drawn as in training, the same every time.
 
     Returns, for every image, its timestep, int64 [N], and its loss, float32 [N], on the CPU.
     """
@@ -466,7 +471,7 @@ def sample(model: torch.nn.Module, scheduler: NoiseScheduler, args: argparse.Nam
 # Files
 # ------------------------------------------------------------------------------------------------------------------------
 
-CHECKPOINT_FORMAT = "diffusion-mnist 1"
+CHECKPOINT_FORMAT = "diffusion-mnist 2"  # counts up when earlier files no longer fit
 # What decides the weights and the pictures; a resumed run must have the same.
 SETTINGS = (
     "dataset",
@@ -581,6 +586,7 @@ def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses:
     by_timestep.bar(edges[:-1], means, width=edges.diff(), align="edge", edgecolor="white")
     by_timestep.set(
         xlabel="timestep t (0: almost clean, right: pure noise)",
+        ylabel="mean squared error of the predicted noise",
         yscale="log",
         title=f"Held-out loss by timestep after epoch {epochs[-1]}",
     )
@@ -718,7 +724,7 @@ def make_parser() -> Parser:
     add("--lr", type=positive_float, default=0.002, help="highest learning rate (AdamW)")
     add("--timesteps", type=positive_int, default=1000, help="T, steps of the forward process")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t")
-    add("--base-channels", type=positive_int, default=32, help="width of the U-Net, a multiple of 16")
+    add("--base-channels", type=positive_int, default=48, help="width of the U-Net, a multiple of 24")
     add("--max-steps", type=positive_int, metavar="N", help="stop after N optimiser steps in all, and end as usual")
     add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pt; repeat the other options of that run")
     add("--save-every-minutes", type=positive_float, default=5.0, help="minutes between checkpoints within an epoch")
@@ -727,7 +733,7 @@ def make_parser() -> Parser:
     add("--sample-every", type=positive_int, default=5, help="epochs between sample grids")
     add("--num-samples", type=positive_int, default=64, help="images to draw")
     add("--sample-steps", type=positive_int, default=50, help="network calls per image, at most --timesteps")
-    add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 0 is DDIM, 1 is as in DDPM")
+    add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 0 is DDIM, 1 as much as DDPM")
     add("--sample-only", action="store_true", help="no training: draw with --checkpoint and write --output")
     add("--checkpoint", type=Path, help=checkpoint)
     add("--output", type=Path, help=output)

@@ -9,6 +9,7 @@ generator would reach. The classifier is trained once, by a fixed seed, and cach
 """
 
 import argparse
+import functools
 import json
 import sys
 from pathlib import Path
@@ -181,6 +182,7 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path, help=".npy samples or .pt checkpoints")
     args, sampling = parser.parse_known_args()
     options = train_diffusion.parse_options(["--sample-only", *sampling])
+    judge_for = functools.cache(Judge)  # one for every number of samples, on which the floor depends
     for path in args.files:
         samples = samples_of(path, options)
         sampler = (
@@ -188,7 +190,7 @@ def main() -> None:
             if path.suffix == ".npy"
             else {"sample_steps": options.sample_steps, "eta": options.eta, "seed": options.seed}
         )
-        print(json.dumps({"file": str(path), **sampler, **Judge(len(samples))(samples)}), flush=True)
+        print(json.dumps({"file": str(path), **sampler, **judge_for(len(samples))(samples)}), flush=True)
 
 
 if __name__ == "__main__":
