@@ -38,18 +38,27 @@ def wait_for_step(folder, step: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(signum, code, small_data, tmp_path):
-    options = [*LONG, "--data-dir", small_data]
-    process = start(*options, "--output-dir", tmp_path / "a", *SAVE_ALWAYS)
-    wait_for_step(tmp_path / "a", 3, process)
-    process.send_signal(signum)
-    _, error = process.communicate(timeout=60)
-    step = program.load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"]
-    assert process.returncode == code and error.count("\n") == 1, error
-    assert f"after step {step}" in error and error.rstrip().endswith("--resume") and "train_diffusion.py" in error
-    limit = ["--max-steps", step + 3, "--quiet"]
-    assert run_main(*options, "--output-dir", tmp_path / "a", "--resume", *limit) == 0
-    assert run_main(*options, "--output-dir", tmp_path / "b", *limit) == 0
+def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(
+    signum, code, small_data, tmp_path, capsys, monkeypatch
+):
+    """The signal comes in the middle of step 4, which is finished and saved."""
+    train_step = program.train_step
+
+    def interrupted_step(run, images):
+        if run.step == 3:
+            signal.raise_signal(signum)
+        return train_step(run, images)
+
+    options = [*LONG, "--data-dir", small_data, "--quiet"]
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "train_step", interrupted_step)
+        assert run_main(*options, "--output-dir", tmp_path / "a") == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "after step 4" in error, error
+    assert "train_diffusion.py" in error and error.rstrip().endswith("--resume")
+    assert program.load_checkpoint(tmp_path / "a" / "checkpoint.pt")["step"] == 4
+    assert run_main(*options, "--output-dir", tmp_path / "a", "--resume", "--max-steps", 7) == 0
+    assert run_main(*options, "--output-dir", tmp_path / "b", "--max-steps", 7) == 0
     assert same_checkpoint(tmp_path / "a", tmp_path / "b")
 
 
