@@ -1,7 +1,7 @@
 """How good are the digits? Distances between generated and real MNIST, in the features of a small digit classifier.
 
     python benchmarks/quality.py samples.npy            # uint8 [N, 28, 28], as --sample-only --output samples.npy writes
-    python benchmarks/quality.py checkpoint.pt --num-samples 2000 --sample-steps 50 --eta 1.0
+    python benchmarks/quality.py checkpoint.pt --num-samples 2000 --sample-steps 32 --eta 1.0
 
 Prints one line of JSON per file. Inception features say little about digits, and a Fréchet distance depends on the number
 of samples, so every line states N and carries the same distance for N real training images, the floor that a perfect

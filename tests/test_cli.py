@@ -165,7 +165,7 @@ def test_sample_only_writes_an_array(finished, tmp_path):
         (["--lr", "nan"], ["--lr"]),
         (["--eta", "1.5"], ["--eta", "between 0 and 1"]),
         (["--timesteps", "1"], ["--timesteps", "2"]),
-        (["--timesteps", "20"], ["--sample-steps", "50", "--timesteps 20"]),
+        (["--timesteps", "20"], ["--sample-steps", "32", "--timesteps 20"]),
         (["--base-channels", "16"], ["--base-channels", "24"]),
         (["--dataset", "CIFAR10"], ["--dataset", "FashionMNIST"]),
         (["--schedule", "sigmoid"], ["--schedule", "cosine"]),
@@ -215,7 +215,7 @@ def test_resuming_with_other_settings_names_each(finished, small_data, capsys):
 
 def test_more_sample_steps_than_the_checkpoint_has_timesteps(finished, capsys):
     assert run_main("--sample-only", "--output-dir", finished[0]) == 2
-    assert "--sample-steps: 50 is more than the 20" in capsys.readouterr().err
+    assert "--sample-steps: 32 is more than the 20" in capsys.readouterr().err
 
 
 class Evil:

@@ -337,25 +337,41 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm():
         torch.testing.assert_close(x_t, reference, rtol=0, atol=1e-6)  # float32 noise: denoise draws it in torch's default
 
 
-def moments_of_gaussian_sampling(alpha_bar: list[float], timesteps: list[int], eta: float, mu: float, s: float):
+def moments_of_gaussian_sampling(
+    alpha_bar: list[float], timesteps: list[int], eta: float, mu: float, s: float, second_order: bool = True
+):
     """Mean and standard deviation that sampling must end with for data N(mu, s^2) and the optimal network.
 
-    Everything is linear and Gaussian: x_0_pred = E[x_0 | x_t] = k x_t + c and x_prev = a x_t + b + sigma z.
+    Everything is linear and Gaussian: the guess is E[x_0 | x_t] = k x_t + c, and (x_prev, guess) is a matrix times
+    (x_t, guess before) plus a vector plus (sigma z, 0).
     """
-    mean, variance = 0.0, 1.0
-    for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
+    mean, covariance = np.array([0.0, 0.0]), np.diag([1.0, 0.0])
+    for i, (t, t_prev) in enumerate(zip(timesteps, [*timesteps[1:], -1])):
         now, prev = alpha_bar[t], alpha_bar[t_prev] if t_prev >= 0 else 1.0
         k = math.sqrt(now) * s**2 / (now * s**2 + 1 - now)
         c = mu - k * math.sqrt(now) * mu
         sigma2 = eta**2 * (1 - prev) / (1 - now) * (1 - now / prev)
         keep = math.sqrt(max(0.0, 1 - prev - sigma2) / (1 - now))  # how much of x_t - sqrt(now) x_0 stays
-        a, b = (math.sqrt(prev) - keep * math.sqrt(now)) * k + keep, (math.sqrt(prev) - keep * math.sqrt(now)) * c
-        mean, variance = a * mean + b, a**2 * variance + sigma2
-    return mean, math.sqrt(variance)
+        gain = math.sqrt(prev) - keep * math.sqrt(now)
+        ahead = 0.5 if second_order and i > 0 and t_prev >= 0 and t - t_prev > 1 else 0.0
+        matrix = np.array([[gain * (1 + ahead) * k + keep, -gain * ahead], [k, 0.0]])
+        mean = matrix @ mean + np.array([gain * (1 + ahead) * c, c])
+        covariance = matrix @ covariance @ matrix.T + np.diag([sigma2, 0.0])
+    return mean[0], math.sqrt(covariance[0, 0])
+
+
+@pytest.mark.parametrize("num_steps", [32, 100])
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_looking_half_a_jump_ahead_brings_the_deviation_closer_to_the_data(num_steps, eta):
+    alpha_bar, timesteps = reference_tables(T, "cosine")["alphas_cumprod"], sampling_timesteps(T, num_steps)
+    first, second = (
+        abs(moments_of_gaussian_sampling(alpha_bar, timesteps, eta, 0.1, 0.2, order)[1] - 0.2) for order in (False, True)
+    )
+    assert second < 0.5 * first
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-@pytest.mark.parametrize("num_steps", [1, 7, 50, T])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 32, T])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_gaussian_data_comes_back_from_the_optimal_network(schedule, num_steps, eta):
     """For x_0 ~ N(mu, s^2) the best noise prediction is known, E[eps | x_t]; the real sampler runs with it.
