@@ -399,8 +399,11 @@ class UNet(nn.Module):
             nn.GroupNorm(NORM_GROUPS, high), nn.SiLU(), zero_init(nn.Conv2d(high, 4 * image_channels, 3, padding=1))
         )
 
-    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The noise in x_t [B, C, H, W] at timesteps t, int64 [B]: [B, C, H, W]."""
+    def forward(self, x_t: Tensor, t: Tensor, skip_middle: bool = False) -> Tensor:
+        """The noise in x_t [B, C, H, W] at timesteps t, int64 [B]: [B, C, H, W].
+
+        Without its middle block (skip_middle) the network still works, but worse; guidance compares the two.
+        """
         height, width = x_t.shape[-2:]
         if height % 4 or width % 4:
             raise ValueError(f"height and width must be divisible by 4 (two halvings), not {height}x{width}")
@@ -413,7 +416,9 @@ class UNet(nn.Module):
         for block in self.low_down_blocks:
             h = block(h, time)
             low_skips.append(h)
-        h = self.middle_block(self.attention(h), time)
+        h = self.attention(h)
+        if not skip_middle:
+            h = self.middle_block(h, time)
         for block in self.low_up_blocks:
             h = block(torch.cat([h, low_skips.pop()], dim=1), time)
         h = self.up_block(torch.cat([self.upsample(h), skip], dim=1), time)

@@ -163,6 +163,9 @@ def test_sample_only_writes_an_array(finished, tmp_path):
         (["--lr", "0"], ["--lr"]),
         (["--lr", "fast"], ["--lr", "number", "fast"]),
         (["--lr", "nan"], ["--lr"]),
+        (["--guidance", "-1"], ["--guidance", "0", "-1"]),
+        (["--guidance", "inf"], ["--guidance"]),
+        (["--guidance", "much"], ["--guidance", "number", "much"]),
         (["--eta", "1.5"], ["--eta", "between 0 and 1"]),
         (["--timesteps", "1"], ["--timesteps", "2"]),
         (["--timesteps", "20"], ["--sample-steps", "32", "--timesteps 20"]),
@@ -208,7 +211,7 @@ def test_resuming_with_other_settings_names_each(finished, small_data, capsys):
     before = (finished[0] / "checkpoint.pt").read_bytes()
     assert run_main(*options, "--resume", "--epochs", 4, "--lr", 0.5, "--seed", 7) == 2
     message = capsys.readouterr().err
-    assert "--lr 0.002 (now 0.5)" in message and "--seed 0 (now 7)" in message
+    assert "--lr 0.005 (now 0.5)" in message and "--seed 0 (now 7)" in message
     assert "--epochs" not in message and "--batch-size" not in message
     assert (finished[0] / "checkpoint.pt").read_bytes() == before
 

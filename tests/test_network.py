@@ -1,5 +1,6 @@
 """The network: shapes, what its output depends on, and that every parameter learns."""
 
+import copy
 import math
 
 import pytest
@@ -148,6 +149,17 @@ def test_attention_lets_one_corner_see_the_other(network):
     with torch.no_grad():
         difference = (network(x_t, t) - network(changed, t)).abs()
     assert difference[..., -8:, -8:].max() > 0
+
+
+def test_the_middle_block_can_be_left_out(network):
+    """Then its weights do not matter, and else the network is the same: as with a block that adds nothing."""
+    idle = copy.deepcopy(network)
+    for parameter in idle.middle_block.conv2.parameters():
+        torch.nn.init.zeros_(parameter)
+    with torch.no_grad():
+        without = network(*batch(), skip_middle=True)
+        torch.testing.assert_close(without, idle(*batch()), rtol=0, atol=1e-5)
+        assert (without - network(*batch())).abs().mean() > 1e-2
 
 
 def test_weights_alone_make_a_checkpoint():

@@ -163,7 +163,7 @@ def test_how_often_one_samples_does_not_change_training(small_data, tmp_path):
         assert run_main(*options) == 0
         states.append(program.load_checkpoint(folder / "checkpoint.pt"))
     assert (tmp_path / "0" / "samples_epoch_1.png").exists() and not (tmp_path / "1" / "samples_epoch_1.png").exists()
-    for key in ("model", "ema", "optimizer", "step_losses", "history"):
+    for key in ("model", "ema", "optimizers", "step_losses", "history"):
         assert same_state(states[0][key], states[1][key]), key
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forward_reverse_process import NoiseScheduler
-from train_diffusion import denoise, sampling_timesteps
+from train_diffusion import denoise, predict_guided, sampling_timesteps
 
 T = 1000
 EDGES = [0, 1, 2, 17, T // 2, T - 2, T - 1]
@@ -308,11 +308,29 @@ class FakeNetwork:
 def test_sampling_calls_the_network_once_per_step_and_ends_on_its_x_0(num_steps, eta):
     network, scheduler, x_T = FakeNetwork(), NoiseScheduler(50), noise_like(images(), 31).float()
     timesteps = sampling_timesteps(50, num_steps)
-    path = list(denoise(network, scheduler, x_T, timesteps, eta, torch.Generator().manual_seed(0)))
+    path = list(denoise(network, scheduler, x_T, timesteps, eta, 0.0, torch.Generator().manual_seed(0)))
     assert network.visited == timesteps
     assert [t for t, _, _ in path] == timesteps + [-1]
     torch.testing.assert_close(path[0][1], x_T, rtol=0, atol=0)
     torch.testing.assert_close(path[-1][1], path[-2][2], rtol=0, atol=0)  # the last image is the last prediction
+
+
+@pytest.mark.parametrize("t, guided", [(0, True), (500, True), (743, True), (744, False), (T - 1, False)])
+def test_guidance_takes_back_an_error_that_the_worse_network_makes_twice(t, guided):
+    """If the network is off by e and without its middle block by 2 e, guidance = 1 finds the noise, guidance = 0.5 half."""
+    scheduler, x_t = NoiseScheduler(T), noise_like(images(), 35).float()
+    truth, e = noise_like(images(), 36).float(), noise_like(images(), 37).float()
+    calls = []
+
+    def network(x, timesteps, skip_middle=False):
+        assert torch.equal(x, x_t) and timesteps.tolist() == [t] * len(x_t)
+        calls.append(skip_middle)
+        return truth + 2 * e if skip_middle else truth + e
+
+    for guidance, error in ((0.0, e), (0.5, e / 2 if guided else e), (1.0, 0 * e if guided else e)):
+        noise_pred = predict_guided(network, scheduler, x_t, t, guidance)
+        torch.testing.assert_close(noise_pred, truth + error, rtol=0, atol=1e-5)
+    assert calls == ([False, False, True, False, True] if guided else [False] * 3)
 
 
 def test_ddim_with_eta_1_over_all_steps_is_ddpm():
@@ -331,7 +349,7 @@ def test_ddim_with_eta_1_over_all_steps_is_ddpm():
         expected.append(x)
 
     path = denoise(
-        FakeNetwork(), float64_scheduler(50), x_T, sampling_timesteps(50, 50), 1.0, torch.Generator().manual_seed(33)
+        FakeNetwork(), float64_scheduler(50), x_T, sampling_timesteps(50, 50), 1.0, 0.0, torch.Generator().manual_seed(33)
     )
     for (_, x_t, _), reference in zip(list(path)[1:], expected, strict=True):
         torch.testing.assert_close(x_t, reference, rtol=0, atol=1e-6)  # float32 noise: denoise draws it in torch's default
@@ -370,7 +388,7 @@ def draw_gaussian_data(schedule: str, num_steps: int, eta: float, mu: float, s: 
 
     generator = torch.Generator().manual_seed(34)
     x_T = torch.randn(count, 1, 1, 1, generator=generator)
-    *_, (_, x_0, _) = denoise(optimal_network, scheduler, x_T, sampling_timesteps(T, num_steps), eta, generator)
+    *_, (_, x_0, _) = denoise(optimal_network, scheduler, x_T, sampling_timesteps(T, num_steps), eta, 0.0, generator)
     return x_0
 
 

@@ -80,6 +80,64 @@ def test_every_purpose_and_seed_has_its_own_numbers():
     assert len({tuple(values.tolist()) for values in draws}) == len(draws)
 
 
+# --- the optimiser -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 6), (4, 15), (15, 4)])
+def test_orthogonalising_keeps_the_directions_and_evens_out_the_lengths(shape):
+    """The polynomial acts on the singular values alone: here they are taken out, passed through it, and put back."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    torch.testing.assert_close(program.orthogonalize(matrix), u @ s.diag() @ v, rtol=0, atol=1e-5)
+    assert ((s > 0.6) & (s < 1.3)).all()
+
+
+def test_orthogonalising_nothing_gives_nothing():
+    assert torch.equal(program.orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
+def test_muon_is_pytorchs_own_but_for_its_rounding(shape):
+    """torch.optim.Muon calculates in bfloat16, which has about three digits."""
+    generator = torch.Generator().manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    theirs = torch.nn.Parameter(ours.detach().clone())
+    start = ours.detach().clone()
+    our_muon = program.Muon([ours], lr=0.1)
+    their_muon = torch.optim.Muon([theirs], lr=0.1, weight_decay=0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    for _ in range(5):
+        ours.grad = torch.randn(shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+        our_muon.step()
+        their_muon.step()
+    step, error = (ours - start).detach().abs(), (ours - theirs).detach().abs()
+    assert step.mean() > 0.05 and error.max() < 0.02 * step.max()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_muon_moves_a_convolution_as_its_matrix(layout):
+    """Whatever the order in memory, which training changes: output channels by everything that one of them looks at."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = torch.randn(2, 6, 4, 3, 3, generator=generator)
+    kernel = torch.nn.Parameter(weight.clone(memory_format=layout))
+    matrix = torch.nn.Parameter(weight.reshape(6, 36).clone())
+    kernel.grad, matrix.grad = grad.clone(memory_format=layout), grad.reshape(6, 36)
+    program.Muon([kernel, matrix], lr=0.1).step()
+    torch.testing.assert_close(kernel.reshape(6, 36), matrix, rtol=0, atol=1e-6)
+    assert (kernel - weight).abs().mean() > 0.01
+
+
+def test_every_weight_has_one_optimiser(tmp_path):
+    run = tiny_run(tmp_path)
+    optimised = [
+        id(weight) for optimizer in run.optimizers for group in optimizer.param_groups for weight in group["params"]
+    ]
+    assert sorted(optimised) == sorted(map(id, run.model.parameters()))
+
+
 # --- learning ------------------------------------------------------------------------------------------------------------
 
 
@@ -172,7 +230,8 @@ def test_a_checkpoint_restores_every_tensor(images, tmp_path):
     assert_same_bits(snapshot(other.model), snapshot(run.model))
     assert_same_bits(snapshot(other.ema), snapshot(run.ema))
     assert other.step == 3 and torch.equal(other.step_losses, run.step_losses)
-    assert other.optimizer.param_groups[0]["lr"] == run.optimizer.param_groups[0]["lr"]
+    for restored, original in zip(other.optimizers, run.optimizers):
+        assert restored.param_groups[0]["lr"] == original.param_groups[0]["lr"]
     for run_ in (run, other):  # and the next step is the same, so nothing was forgotten
         program.train_step(run_, images[64:128])
     assert_same_bits(snapshot(other.model), snapshot(run.model))
@@ -183,9 +242,10 @@ def test_an_extended_run_takes_the_learning_rate_of_the_longer_run(tmp_path):
     run = tiny_run(tmp_path, "--epochs", 2)
     run.step = 5
     longer = tiny_run(tmp_path, "--epochs", 100, state=run.state_dict())
-    assert longer.lr_schedule.get_last_lr()[0] == pytest.approx(
-        longer.args.lr * program.lr_factor(5, 100 * STEPS_PER_EPOCH)
-    )
+    for optimizer in longer.optimizers:
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(
+            longer.args.lr * program.lr_factor(5, 100 * STEPS_PER_EPOCH)
+        )
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys):
