@@ -402,7 +402,8 @@ class UNet(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, skip_middle: bool = False) -> Tensor:
         """The noise in x_t [B, C, H, W] at timesteps t, int64 [B]: [B, C, H, W].
 
-        Without its middle block (skip_middle) the network still works, but worse; guidance compares the two.
+        skip_middle leaves out the middle block. As that only adds to its input, the network still works, but worse;
+        `predict_guided` in train_diffusion.py makes use of it.
         """
         height, width = x_t.shape[-2:]
         if height % 4 or width % 4:

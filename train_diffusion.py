@@ -6,8 +6,8 @@
     torchrun --nproc-per-node=2 train_diffusion.py
 
 The mathematics and the network are in forward_reverse_process.py; read that first. This file is the program around them, in
-the order in which a batch passes through it: images, one training step (DDPM's Algorithm 1), the training loop, sampling
-(Algorithm 2, and DDIM's way to take fewer steps), then files, pictures and options.
+the order in which a batch passes through it: images, one training step (DDPM's Algorithm 1), the training loop, several
+processes, sampling (Algorithm 2, DDIM's way to take fewer steps, and guidance), then the optimiser, files, pictures, options.
 """
 
 import argparse
@@ -52,7 +52,7 @@ CHECK_EVERY = 20  # optimiser steps between two looks at the loss, for which a G
 NUM_VALIDATION_IMAGES = 2000
 IMAGE_SIZE = 28  # pixels, in all three data sets
 SAMPLE_CHUNK = 250  # images that are sampled together
-GUIDANCE_FROM = 0.15  # alpha-bar from which on sampling is guided: t = 743 and below by default
+GUIDANCE_FROM = 0.15  # sampling is guided where alpha-bar is at least this: at t = 743 and below by default
 
 # torchrun tells every process how many there are, which one it is, and which one on its machine; without it there is one.
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
@@ -175,7 +175,8 @@ class Run:
         self.model = UNet(self.scheduler, base_channels=args.base_channels).to(device, memory_format=torch.channels_last)
         # Samples are drawn with an average of the weights over many steps, which is smoother than the latest ones.
         self.ema = AveragedModel(self.model, multi_avg_fn=lambda ema, now, _: update_ema(ema, now, self.step)).eval()
-        kernels = [weight for weight in self.model.parameters() if weight.ndim == 4]  # of the convolutions: most weights
+        # Muon (below) for the convolutions, which are most of the weights; AdamW for biases, norms and linear layers.
+        kernels = [weight for weight in self.model.parameters() if weight.ndim == 4]
         others = [weight for weight in self.model.parameters() if weight.ndim < 4]
         self.optimizers = [Muon(kernels, lr=args.lr), torch.optim.AdamW(others, lr=args.lr, betas=ADAM_BETAS, fused=True)]
         self.step = 0  # optimiser steps done
@@ -212,7 +213,7 @@ class Run:
         self.ema.module.load_state_dict(state["ema"])
         self.ema.n_averaged.fill_(state["step"])
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self.seconds = state["step"], state["seconds"]
         self.history, self.strips = state["history"], state["strips"]
@@ -401,61 +402,6 @@ def finish_epoch(run: Run, test_images: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------------------
-# The optimiser of the convolutions; nothing here is about diffusion, and AdamW would do, given more time
-# ------------------------------------------------------------------------------------------------------------------------
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T for a matrix U S V^T (its singular value decomposition): the same directions, all of one length.
-
-    Divided by its norm, a matrix X has singular values between 0 and 1. The odd polynomial a X + b (X X^T) X + c (X X^T)^2 X
-    makes a s + b s^3 + c s^5 of each of them, s, and five times over takes all but the smallest to 0.7 ... 1.2, which is
-    near enough to 1 (Newton-Schulz; coefficients from Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-    What multiplies X each time is a polynomial in X X^T; so that small matrix passes through all five, and X comes in last.
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # X X^T is then the smaller of the two products
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    gram = x @ x.T
-    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    factor = identity
-    for _ in range(5):
-        polynomial = a * identity + b * gram + c * gram @ gram
-        factor = polynomial @ factor
-        gram = polynomial @ gram @ polynomial  # X X^T of the new X
-    return factor @ x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonalised (Jordan et al. 2024), for the weights of convolutions, [out, in, k, k].
-
-    Such a weight is the matrix, [out, in * k * k], that takes the pixels it looks at to its output channels. A gradient
-    mostly stretches it along a few directions that many images share; steps along it learn those and little else.
-    Orthogonalised, a step moves as far in all. It is made about as large as AdamW's, so that one learning rate fits both
-    (Liu et al. 2025, Muon is Scalable for LLM Training, arXiv:2502.16982, eq. 4).
-
-    (torch.optim.Muon takes matrices alone, and calculates in bfloat16, which most CPUs have to emulate.)
-    """
-
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum: the average, one step on
-                matrix = ahead.flatten(1)  # [out, in, k, k] -> [out, in * k * k]
-                size = 0.2 * math.sqrt(max(matrix.shape))
-                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=group["lr"] * size)
-
-
-# ------------------------------------------------------------------------------------------------------------------------
 # Several processes (torchrun); with one, these do nothing
 # ------------------------------------------------------------------------------------------------------------------------
 
@@ -497,11 +443,12 @@ def predict_guided(model: torch.nn.Module, scheduler: NoiseScheduler, x_t: Tenso
 
         noise_pred = better + guidance (better - worse)
 
-    Where the network is wrong, it mostly is wrong in the same way, only more so, with its middle block left out. From the
-    worse prediction to the better one is therefore a step towards the truth, and `guidance` says how much farther to go.
-    (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507. Theirs is another network;
-    a block left out is a bad version that costs no training.) Not below alpha-bar = GUIDANCE_FROM: there, where hardly any
-    image is left, it would favour some digits over others.
+    Without its middle block the network errs mostly in the same direction, only farther. So the step from the worse
+    prediction to the better one leads towards the truth, and `guidance` says how much farther to go. While x_t is mostly
+    noise, alpha-bar below GUIDANCE_FROM, that would favour some digits over others, so there is no guidance there.
+
+    (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507, whose worse network is a
+    smaller one, trained less, and whose weight w is 1 + guidance. Leaving a block out needs no second network.)
     """
     timesteps = torch.full((len(x_t),), t, device=x_t.device)
     better = model(x_t, timesteps)
@@ -525,9 +472,10 @@ def denoise(
 
     The guess at x_0 sharpens on the way. A jump over many timesteps on the guess at its start lags behind, so it takes the
     guess halfway, as it will be there if it goes on changing as it did in the last jump. (A second-order step, as in Lu et
-    al. 2022, DPM-Solver++, arXiv:2211.01095, Algorithm 2, where log-SNR takes the place of t.)
+    al. 2022, DPM-Solver++, arXiv:2211.01095, Algorithm 2, where log-SNR takes the place of t. In the first guided jump the
+    change includes the guidance, half of which so counts twice.)
 
-    Yields, at every timestep, (t, x_t, the x_0 that the network sees in it), and last (-1, x_0, x_0).
+    Yields, at every timestep, (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
     """
     x_0_last = None  # the guess one jump ago
     for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
@@ -556,6 +504,64 @@ def sample(model: torch.nn.Module, scheduler: NoiseScheduler, args: argparse.Nam
                 sampling_bar.update(t >= 0)
             chunks.append(to_uint8(x_t))
     return torch.cat(chunks)
+
+
+# ------------------------------------------------------------------------------------------------------------------------
+# The optimiser of the convolutions; nothing here is about diffusion, and AdamW would do, given more time
+# ------------------------------------------------------------------------------------------------------------------------
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """About U V^T for a matrix U S V^T (its singular value decomposition): the same directions, all equally long.
+
+    Divided by its norm, a matrix X has singular values between 0 and 1. The odd polynomial a X + b (X X^T) X + c (X X^T)^2 X
+    turns each of them, s, into a s + b s^3 + c s^5. Five rounds bring all but the smallest to 0.7 ... 1.2, near enough to 1
+    (Newton-Schulz; coefficients from Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+
+    Each round multiplies X from the left by a polynomial P in X X^T. As X X^T is small and X may be wide, the five P are
+    computed and multiplied from X X^T alone (the next X X^T is P X X^T P), and X is multiplied once, at the end.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T  # X X^T is then the smaller of the two products
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + 1e-7)
+    gram = x @ x.T
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    factor = identity
+    for _ in range(5):
+        polynomial = a * identity + b * gram + c * gram @ gram
+        factor = polynomial @ factor
+        gram = polynomial @ gram @ polynomial
+    return factor @ x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is orthogonalised (Jordan et al. 2024), for the weights of convolutions, [out, in, k, k].
+
+    Such a weight is the matrix, [out, in * k * k], that takes the pixels it looks at to its output channels. A gradient
+    mostly consists of a few directions that many images share (its large singular values); steps along it learn those and
+    little else. An orthogonalised step goes equally far in every direction. It is made about as large as AdamW's, so that
+    one learning rate fits both (Liu et al. 2025, Muon is Scalable for LLM Training, arXiv:2502.16982, eq. 4).
+
+    There is no weight decay. (torch.optim.Muon takes matrices alone, and calculates in bfloat16, which most CPUs have to
+    emulate. Linear layers could have Muon too, but gain nothing from it here: benchmarks/RESULTS.md.)
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
+                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov: as if this gradient came once more
+                matrix = ahead.flatten(1)  # [out, in, k, k] -> [out, in * k * k]
+                size = 0.2 * math.sqrt(max(matrix.shape))  # a root mean square of 0.2, as AdamW's steps have
+                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=group["lr"] * size)
 
 
 # ------------------------------------------------------------------------------------------------------------------------
@@ -720,7 +726,7 @@ def draw_forward_process(path: Path, scheduler: NoiseScheduler, images: Tensor, 
 
 
 def draw_denoising(run: Run) -> None:
-    """The reverse process: denoising.png, x_t and the x_0 that the network sees in it, and denoising.gif."""
+    """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     args, device = run.args, run.scheduler.betas.device
     generator = generator_for("denoising pictures", args.seed, device)
     x_T = torch.randn(32, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator, device=device)
@@ -831,9 +837,14 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("sampling").add_argument
     add("--sample-every", type=positive_int, default=5, help="epochs between sample grids")
     add("--num-samples", type=positive_int, default=64, help="images to draw")
-    add("--sample-steps", type=positive_int, default=32, help="network calls per image, at most --timesteps")
+    add("--sample-steps", type=positive_int, default=32, help="steps from noise to image, at most --timesteps")
     add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 0 is DDIM, 1 as much as DDPM")
-    add("--guidance", type=nonnegative_float, default=2.0, help="how far away from the network's own mistakes; 0 is off")
+    add(
+        "--guidance",
+        type=nonnegative_float,
+        default=2.0,
+        help="how far to steer away from the network's own mistakes; 0 is off",
+    )
     add("--sample-only", action="store_true", help="no training: draw with --checkpoint and write --output")
     add("--checkpoint", type=Path, help=checkpoint)
     add("--output", type=Path, help=output)
@@ -1027,7 +1038,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # a log file, too, gets each epoch's line at its end
+    sys.stdout.reconfigure(line_buffering=True)  # so that a log file, too, shows each epoch's line at once
     try:
         main()
     except KeyboardInterrupt:

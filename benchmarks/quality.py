@@ -1,7 +1,7 @@
 """How good are the digits? Distances between generated and real MNIST, in the features of a small digit classifier.
 
     python benchmarks/quality.py samples.npy            # uint8 [N, 28, 28], as --sample-only --output samples.npy writes
-    python benchmarks/quality.py checkpoint.pt --num-samples 2000 --sample-steps 32 --eta 1.0
+    python benchmarks/quality.py checkpoint.pt --num-samples 2000 --sample-steps 32 --eta 1.0 --guidance 2.0
 
 Prints one line of JSON per file. Inception features say little about digits, and a Fréchet distance depends on the number
 of samples, so every line states N and carries the same distance for N real training images, the floor that a perfect
@@ -177,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Other options (--num-samples, --sample-steps, --eta, --seed) are those of train_diffusion.py.",
+        epilog="Other options (--num-samples, --sample-steps, --eta, --guidance, --seed) are those of train_diffusion.py.",
     )
     parser.add_argument("files", nargs="+", type=Path, help=".npy samples or .pt checkpoints")
     args, sampling = parser.parse_known_args()
@@ -188,7 +188,7 @@ def main() -> None:
         sampler = (
             {}
             if path.suffix == ".npy"
-            else {"sample_steps": options.sample_steps, "eta": options.eta, "seed": options.seed}
+            else {name: getattr(options, name) for name in ("sample_steps", "eta", "guidance", "seed")}
         )
         print(json.dumps({"file": str(path), **sampler, **judge_for(len(samples))(samples)}), flush=True)
 

@@ -152,7 +152,7 @@ def test_attention_lets_one_corner_see_the_other(network):
 
 
 def test_the_middle_block_can_be_left_out(network):
-    """Then its weights do not matter, and else the network is the same: as with a block that adds nothing."""
+    """The result is that of a network whose middle block adds nothing."""
     idle = copy.deepcopy(network)
     for parameter in idle.middle_block.conv2.parameters():
         torch.nn.init.zeros_(parameter)

@@ -305,7 +305,7 @@ class FakeNetwork:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 49, 50])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_sampling_calls_the_network_once_per_step_and_ends_on_its_x_0(num_steps, eta):
+def test_sampling_without_guidance_calls_the_network_once_per_step_and_ends_on_its_x_0(num_steps, eta):
     network, scheduler, x_T = FakeNetwork(), NoiseScheduler(50), noise_like(images(), 31).float()
     timesteps = sampling_timesteps(50, num_steps)
     path = list(denoise(network, scheduler, x_T, timesteps, eta, 0.0, torch.Generator().manual_seed(0)))
@@ -315,10 +315,20 @@ def test_sampling_calls_the_network_once_per_step_and_ends_on_its_x_0(num_steps,
     torch.testing.assert_close(path[-1][1], path[-2][2], rtol=0, atol=0)  # the last image is the last prediction
 
 
-@pytest.mark.parametrize("t, guided", [(0, True), (500, True), (743, True), (744, False), (T - 1, False)])
-def test_guidance_takes_back_an_error_that_the_worse_network_makes_twice(t, guided):
+@pytest.mark.parametrize(
+    "schedule, t, guided",
+    [
+        ("cosine", 0, True),
+        ("cosine", 743, True),
+        ("cosine", 744, False),
+        ("cosine", T - 1, False),
+        ("linear", 400, True),
+        ("linear", 500, False),  # alpha-bar is 0.078
+    ],
+)
+def test_guidance_takes_back_an_error_that_the_worse_network_makes_twice(schedule, t, guided):
     """If the network is off by e and without its middle block by 2 e, guidance = 1 finds the noise, guidance = 0.5 half."""
-    scheduler, x_t = NoiseScheduler(T), noise_like(images(), 35).float()
+    scheduler, x_t = NoiseScheduler(T, schedule), noise_like(images(), 35).float()
     truth, e = noise_like(images(), 36).float(), noise_like(images(), 37).float()
     calls = []
 
@@ -331,6 +341,24 @@ def test_guidance_takes_back_an_error_that_the_worse_network_makes_twice(t, guid
         noise_pred = predict_guided(network, scheduler, x_t, t, guidance)
         torch.testing.assert_close(noise_pred, truth + error, rtol=0, atol=1e-5)
     assert calls == ([False, False, True, False, True] if guided else [False] * 3)
+
+
+def test_guided_sampling_asks_the_worse_network_below_the_limit_alone():
+    """A worse network that is off by a constant shifts every guided prediction: the path leaves the plain one there."""
+    worse_at, timesteps, x_T = [], sampling_timesteps(T, 32), noise_like(images(), 38).float()
+
+    def network(x_t, t, skip_middle=False):
+        if skip_middle:
+            worse_at.append(t[0].item())
+        return torch.sin(3 * x_t) + (0.1 if skip_middle else 0.0)
+
+    paths = [
+        list(denoise(network, NoiseScheduler(T), x_T, timesteps, 0.0, guidance, torch.Generator()))
+        for guidance in (0.0, 2.0)
+    ]
+    assert worse_at == [t for t in timesteps if t <= 743]
+    for (t, x_t, _), (_, guided, _) in zip(*paths, strict=True):
+        assert torch.equal(x_t, guided) == (t >= 717)  # the first guided jump starts there
 
 
 def test_ddim_with_eta_1_over_all_steps_is_ddpm():

@@ -91,8 +91,10 @@ def test_orthogonalising_keeps_the_directions_and_evens_out_the_lengths(shape):
     s = s / s.norm()
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    torch.testing.assert_close(program.orthogonalize(matrix), u @ s.diag() @ v, rtol=0, atol=1e-5)
-    assert ((s > 0.6) & (s < 1.3)).all()
+    orthogonal = program.orthogonalize(matrix)
+    torch.testing.assert_close(orthogonal, u @ s.diag() @ v, rtol=0, atol=1e-5)
+    lengths = torch.linalg.svdvals(orthogonal)
+    assert ((lengths > 0.6) & (lengths < 1.3)).all()
 
 
 def test_orthogonalising_nothing_gives_nothing():
@@ -136,6 +138,9 @@ def test_every_weight_has_one_optimiser(tmp_path):
         id(weight) for optimizer in run.optimizers for group in optimizer.param_groups for weight in group["params"]
     ]
     assert sorted(optimised) == sorted(map(id, run.model.parameters()))
+    muon, adamw = run.optimizers
+    assert isinstance(muon, program.Muon) and all(weight.ndim == 4 for weight in muon.param_groups[0]["params"])
+    assert isinstance(adamw, torch.optim.AdamW) and all(weight.ndim < 4 for weight in adamw.param_groups[0]["params"])
 
 
 # --- learning ------------------------------------------------------------------------------------------------------------
@@ -195,6 +200,20 @@ def test_sampling_and_validation_leave_the_weights_and_later_draws_alone(images,
     assert torch.equal(torch.get_rng_state(), global_state)
     assert run.model.training and not run.ema.training
     assert torch.equal(program.sample(run.ema.module, run.scheduler, run.args), first)
+
+
+def test_samples_and_pictures_take_guidance_and_eta_from_the_options(tmp_path, monkeypatch):
+    run, given, denoise = tiny_run(tmp_path, "--guidance", 0.7, "--eta", 0.3), [], program.denoise
+
+    def watched(model, scheduler, x_t, timesteps, eta, guidance, generator):
+        given.append((eta, guidance))
+        return denoise(model, scheduler, x_t, timesteps, eta, guidance, generator)
+
+    monkeypatch.setattr(program, "denoise", watched)
+    monkeypatch.setattr(program, "save_figure", lambda path, figure: None)
+    program.sample(run.ema.module, run.scheduler, run.args)
+    program.draw_denoising(run)
+    assert given == [(0.3, 0.7)] * 2
 
 
 def test_sampling_in_chunks_gives_all_images(tmp_path, monkeypatch):
