@@ -186,7 +186,7 @@ def test_sample_only_writes_an_array(finished, tmp_path):
 )
 def test_bad_options_get_one_line_and_exit_code_2(options, words, small_data, tmp_path, capsys):
     options = [small_data if option == "SMALL" else option for option in options]
-    assert run_main("--output-dir", tmp_path, *options) == 2
+    assert run_main("--output-dir", tmp_path, "--max-steps", 1, *options) == 2  # one step: fails soon if it is accepted
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err.count("\n") == 1 and all(word in output.err for word in words), output.err
