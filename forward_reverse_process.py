@@ -1,11 +1,13 @@
 """A denoising diffusion model: the mathematics and the network.
 
-Take an image x_0 and mix in a little Gaussian noise, T times over, until nothing but noise is left. That is the forward
-process, and it needs no learning. Then train a network to say which noise was mixed in. Whoever knows the noise can take a
-little of it away again: that is the reverse process, and started from pure noise it draws new images.
+Take an image x_0 and mix in a little Gaussian noise, T times over, until nothing but noise is left.
+That is the forward process, and it needs no learning. Then train a network to say which noise was
+mixed in. Whoever knows the noise can take a little of it away again: that is the reverse process,
+and started from pure noise it draws new images.
 
-    NoiseScheduler                 how much noise at which step: q(x_t | x_0); its posterior q(x_{t-1} | x_t, x_0), which
-                                   says where x_t came from if x_0 is known; and one reverse step
+    NoiseScheduler                 how much noise at which step: q(x_t | x_0); its posterior
+                                   q(x_{t-1} | x_t, x_0), which says where x_t came from if x_0 is
+                                   known; and one reverse step
     SinusoidalPositionalEmbedding  the timestep as a vector that a network can read
     UNet                           eps_theta(x_t, t), the network that predicts the noise
 
@@ -22,21 +24,26 @@ Symbols in the papers and their names here:
     beta-tilde_t      variance of q(x_{t-1} | x_t, x_0)          posterior_variance
     T                 how many timesteps there are               num_timesteps
 
-One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise, so that the variance stays
-about 1:
+One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise, so
+that the variance stays about 1:
 
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
 
-Conventions. Timesteps count from 0: x_t at t = 0 has been noised once, at t = T - 1 it is noise with next to nothing of the
-image, and t = -1 stands for the clean image, so alpha-bar_{-1} = 1. (The papers count from 1.) The name x_0 always means
-the clean image, as in the papers; in the formulas x_{t-1} at t = 0 is x_0. Pixels lie in [-1, 1].
+Conventions. Timesteps count from 0 (the papers count from 1): x_t at t = 0 has been noised once, at
+t = T - 1 it is noise with next to nothing of the image, and t = -1 stands for the clean image, with
+alpha-bar_{-1} = 1. The name x_0 always means the clean image, as in the papers. Pixels lie in
+[-1, 1]. Every method takes the image first, then t, then the rest.
 
 Papers, as cited below:
 
-    DDPM              Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models, arXiv:2006.11239
-    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models, arXiv:2010.02502 (alpha there: alpha-bar)
-    Improved DDPM     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models, arXiv:2102.09672
-    Salimans, Ho      2022, Progressive Distillation for Fast Sampling of Diffusion Models, arXiv:2202.00512
+    DDPM              Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models,
+                      arXiv:2006.11239
+    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models,
+                      arXiv:2010.02502 (their alpha is our alpha-bar)
+    Improved DDPM     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
+                      arXiv:2102.09672
+    Salimans, Ho      2022, Progressive Distillation for Fast Sampling of Diffusion Models,
+                      arXiv:2202.00512
     Transformer       Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762
 """
 
@@ -46,9 +53,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The schedule, the forward process, the reverse step
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+# The largest beta. 1 would erase x_0 altogether, and every formula below divides by what is left.
+MAX_BETA = 0.999
 
 
 def cosine_betas(num_timesteps: int) -> Tensor:
@@ -57,39 +67,39 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  s = 0.008
         alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
-    The linear schedule destroys an image long before the last step and wastes the steps after that; the cosine loses the
-    signal slowly at both ends and steadily in between. s keeps the first betas from vanishing: such tiny noise is hard to
-    predict. T betas need the curve at T + 1 points, from u = 0 to 1.
+    The linear schedule destroys an image long before the last step and wastes the steps after that;
+    the cosine loses the signal slowly at both ends and steadily in between. s keeps the first betas
+    from vanishing: such tiny noise is hard to predict. T betas need the curve at T + 1 points, from
+    u = 0 to 1. There f is 0, so the last beta is the one that MAX_BETA caps.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
-    return (1 - f[1:] / f[:-1]).clamp(max=0.999)  # f(1) = 0 would make the last beta 1, and x_0 unrecoverable
+    return (1 - f[1:] / f[:-1]).clamp(max=MAX_BETA)
 
 
 def linear_betas(num_timesteps: int) -> Tensor:
     """Betas rising on a straight line (DDPM, section 4): float64 [T].
 
-    The paper's 1e-4 ... 0.02 is meant for T = 1000. For another T they are scaled by 1000 / T (not in the paper), since
-    fewer steps of that size would leave some of the image, and more would waste themselves on noise.
+    The paper's 1e-4 ... 0.02 is meant for T = 1000. For another T they are scaled by 1000 / T (not
+    in the paper): fewer steps of that size would leave some of the image. From T = 20 down the
+    last ones would reach 1, so they are capped too.
     """
     scale = 1000 / num_timesteps
-    return torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64).clamp(max=0.999)
+    betas = torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
+    return betas.clamp(max=MAX_BETA)
 
 
 class NoiseScheduler(nn.Module):
-    """How much noise an image holds at every timestep, how to add it and how to take one step back.
+    """How much noise an image holds at every timestep, how to add it, how to take one step back.
 
-    It has nothing to learn. It is an `nn.Module` so that `.to(device)` moves its tables, buffers of shape [T] in PyTorch's
-    default dtype, float32. They are computed in float64: near t = 0, 1 - alpha-bar is so small that float32 would round a
-    thousandth of it away.
+    It has nothing to learn. It is an `nn.Module` so that `.to(device)` moves its tables, which are
+    buffers [T] in PyTorch's default dtype, float32. They are computed in float64: near t = 0,
+    1 - alpha-bar is so small that float32 would round a thousandth of it away.
 
     Args:
         num_timesteps: T, at least 2.
         schedule: "cosine" (Improved DDPM) or "linear" (DDPM).
-
-    Raises:
-        ValueError: for any other T or schedule.
     """
 
     def __init__(self, num_timesteps: int = 1000, schedule: str = "cosine") -> None:
@@ -101,40 +111,45 @@ class NoiseScheduler(nn.Module):
         self.num_timesteps = num_timesteps
         self.schedule = schedule
 
-        betas = cosine_betas(num_timesteps) if schedule == "cosine" else linear_betas(num_timesteps)
+        betas = (cosine_betas if schedule == "cosine" else linear_betas)(num_timesteps)
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        # The last x_t must hold next to nothing of x_0: sampling starts there from noise that knows of no image.
+        # Sampling starts at T - 1 from noise that knows of no image, so x_t must hold next to
+        # nothing of one there. By the cosine with T = 1000, alpha-bar is 2.4e-9 at the end.
         assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
 
-        # q(x_{t-1} | x_t, x_0) is a Gaussian; DDPM eq. 7 gives its mean, a weighted sum of x_0 and x_t, and its variance.
+        # q(x_{t-1} | x_t, x_0) is a Gaussian. DDPM eq. 7 gives its mean, a weighted sum of x_0 and
+        # x_t, and its variance.
+        noise_share = 1 - alphas_cumprod
         tables = {
             "betas": betas,
             "alphas": alphas,
             "alphas_cumprod": alphas_cumprod,
             "alphas_cumprod_prev": alphas_cumprod_prev,
             "sqrt_alphas_cumprod": alphas_cumprod.sqrt(),
-            "sqrt_one_minus_alphas_cumprod": (1 - alphas_cumprod).sqrt(),
+            "sqrt_one_minus_alphas_cumprod": noise_share.sqrt(),
             "sqrt_alphas_cumprod_prev": alphas_cumprod_prev.sqrt(),
             "sqrt_one_minus_alphas_cumprod_prev": (1 - alphas_cumprod_prev).sqrt(),
-            "posterior_mean_coef_x_0": alphas_cumprod_prev.sqrt() * betas / (1 - alphas_cumprod),
-            "posterior_mean_coef_x_t": alphas.sqrt() * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
-            "posterior_variance": betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod),
+            "posterior_mean_coef_x_0": alphas_cumprod_prev.sqrt() * betas / noise_share,
+            "posterior_mean_coef_x_t": alphas.sqrt() * (1 - alphas_cumprod_prev) / noise_share,
+            "posterior_variance": betas * (1 - alphas_cumprod_prev) / noise_share,
         }
         for name, table in tables.items():
             # Not saved with a model, since num_timesteps and schedule say it all.
             self.register_buffer(name, table.to(torch.get_default_dtype()), persistent=False)
 
-    def add_noise(self, x_0: Tensor, t: Tensor | int, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def add_noise(
+        self, x_0: Tensor, t: Tensor | int, noise: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The forward process in one jump: draw x_t from q(x_t | x_0) (DDPM, eq. 4).
 
             q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), that is
             x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
 
-        A sum of Gaussians is a Gaussian, and two steps leave noise of variance alpha_t (1 - alpha_{t-1}) + 1 - alpha_t =
-        1 - alpha_t alpha_{t-1}, three the same with three alphas, and so on. So all the small steps up to t are one large
-        one, and training may visit any t.
+        All the small steps up to t make one large one, so training may visit any t directly. For
+        two steps: the second scales the first one's variance, 1 - alpha_{t-1}, by alpha_t and adds
+        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step adds a factor.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -146,13 +161,17 @@ class NoiseScheduler(nn.Module):
         """
         if noise is None:
             noise = torch.randn_like(x_0)
-        x_t = look_up(self.sqrt_alphas_cumprod, t) * x_0 + look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise
-        return x_t, noise
+        signal = look_up(self.sqrt_alphas_cumprod, t) * x_0
+        return signal + look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise, noise
 
     def predict_x0(self, x_t: Tensor, t: Tensor | int, noise_pred: Tensor) -> Tensor:
         """`add_noise` solved for x_0 (DDPM, eq. 15), not clamped: [B, C, H, W].
 
-        x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
+            x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
+
+        Many images fit a noisy x_t. The network, trained on the squared error, answers with the
+        mean of all noises that fit, since the mean has the least squared error. So this x_0 is the
+        mean of all images that fit: blurred, and near t = T - 1 simply the average image.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -162,26 +181,35 @@ class NoiseScheduler(nn.Module):
 
         eps = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t)
         """
-        return (x_t - look_up(self.sqrt_alphas_cumprod, t) * x_0) / look_up(self.sqrt_one_minus_alphas_cumprod, t)
+        signal = look_up(self.sqrt_alphas_cumprod, t) * x_0
+        return (x_t - signal) / look_up(self.sqrt_one_minus_alphas_cumprod, t)
 
-    def posterior(self, x_0: Tensor, x_t: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
-        """Mean [B, C, H, W] and variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (DDPM, eq. 6 and 7).
+    def posterior(self, x_t: Tensor, t: Tensor | int, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean [B, C, H, W] and variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7).
 
             mean     = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t) x_0
                      + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
             variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
 
-        Where x_t came from, if x_0 were known. At t = 0 that is x_0 itself, with variance 0. `step` draws from this
-        distribution in another form; here it is as the paper has it.
+        Where x_t came from, given x_0 too. At t = 0 that is x_0 itself, with variance 0.
+
+        Sampling does not know x_0 and puts the predicted one in its place. The mean stays exact: it
+        is linear in x_0, so its average over all images that fit x_t is its value at their mean.
+        The variance comes out too small: what is missing is the square of the first coefficient,
+        times the variance of those images. In a small step that is of order beta_t^2, next to
+        nothing beside beta_t. In a large one it is not. That is why one cannot jump to the blurred
+        x_0 at once and takes many small steps instead. After each of them fewer images fit, and
+        their mean is sharper.
         """
-        mean = look_up(self.posterior_mean_coef_x_0, t) * x_0 + look_up(self.posterior_mean_coef_x_t, t) * x_t
-        return mean, look_up(self.posterior_variance, t)
+        mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
+        mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
+        return mean_x_0 + mean_x_t, look_up(self.posterior_variance, t)
 
     def step(
         self,
-        noise_pred: Tensor,
-        t: Tensor | int,
         x_t: Tensor,
+        t: Tensor | int,
+        noise_pred: Tensor,
         t_prev: Tensor | int | None = None,
         eta: float = 1.0,
         noise: Tensor | None = None,
@@ -189,29 +217,30 @@ class NoiseScheduler(nn.Module):
     ) -> Tensor:
         """The reverse process: from x_t to x_{t_prev}, less noisy (DDIM, eq. 12 and 16).
 
-            x_{t_prev} = sqrt(alpha-bar_prev) x_0                              the image that the network believes in
-                       + sqrt(1 - alpha-bar_prev - sigma^2) eps_theta          the noise it sees, less of it
-                       + sigma z,  z ~ N(0, I)                                 some of it new
-            sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t)) sqrt(1 - alpha-bar_t / alpha-bar_prev)
+            x_{t_prev} = sqrt(alpha-bar_prev) x_0                        the predicted image
+                       + sqrt(1 - alpha-bar_prev - sigma^2) eps_theta    its noise, less of it
+                       + sigma z,  z ~ N(0, I)                           fresh noise
+            sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t))
+                             sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
-        eta = 1 and t_prev = t - 1 is DDPM's own random step (Algorithm 2): sigma^2 is then beta-tilde_t, and with
-        eps_theta = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t) the mean becomes that of eq. 7. eta = 0 is DDIM:
-        no new noise, so the starting noise alone decides the image. For any eta the noise in x_{t_prev} has the variance
-        1 - alpha-bar_prev: what sigma z brings is taken from the old noise. t_prev may lie many steps back.
+        With eta = 1 and t_prev = t - 1 this is DDPM's Algorithm 2, ancestral sampling: a draw from
+        `posterior` with the predicted x_0 in it, sigma^2 being beta-tilde_t. (DDPM also tries
+        sigma^2 = beta_t, section 3.2, and finds the results similar.) With eta = 0 it is DDIM: no
+        fresh noise, so the starting noise alone decides the image. For any eta the noise in
+        x_{t_prev} has the variance 1 - alpha-bar_prev: sigma only trades old noise for fresh.
+        t_prev may lie many timesteps back; alpha-bar_prev is alpha-bar there. At t_prev = -1 it is
+        1, sigma is 0, and the predicted x_0 is the result.
 
         Args:
-            noise_pred: eps_theta(x_t, t), shaped like x_t.
-            t: timesteps in 0 ... T - 1, int64 [B], or one int for all.
             x_t: noisy images, [B, C, H, W].
+            t: timesteps in 0 ... T - 1, int64 [B], or one int for all.
+            noise_pred: eps_theta(x_t, t), shaped like x_t.
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, shaped like x_t; drawn if not given.
-            clamp: keep the predicted x_0 in [-1, 1], where images live; what leaves that range would feed on itself from
-                step to step. At large t it matters most, where `predict_x0` divides the error of eps_theta by a tiny
-                sqrt(alpha-bar_t). (Clamping x_t instead would cut off noise that belongs to it.)
-
-        Raises:
-            ValueError: if eta is not in [0, 1], or t_prev not in -1 ... t - 1.
+            clamp: keep the predicted x_0 in [-1, 1], where images live, as DDPM's code does and
+                Algorithm 2 does not. An x_0 outside would make the next x_t, and so the next x_0,
+                worse. (Clamping x_t instead would cut off noise that belongs to it.)
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -223,18 +252,18 @@ class NoiseScheduler(nn.Module):
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
         if clamp:
             x_0_pred = x_0_pred.clamp(-1, 1)
-            noise_pred = self.predict_noise(x_t, t, x_0_pred)  # again, so that the two still add up to x_t
+            noise_pred = self.predict_noise(x_t, t, x_0_pred)  # so that the two still make up x_t
         if noise is None:
             noise = torch.randn_like(x_t)
 
         signal = look_up(self.sqrt_alphas_cumprod, t)
         noise_std = look_up(self.sqrt_one_minus_alphas_cumprod, t)
-        signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # these tables begin at t = -1
+        signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # begins at t = -1
         noise_std_prev = look_up(self.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1)
-        # DDIM eq. 16; near t = 0 float32 loses about a thousandth of sigma here, where sigma is tiny.
+        # DDIM eq. 16. Near t = 0 float32 loses a thousandth of sigma here, where sigma is tiny.
         sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()
-        direction = (noise_std_prev**2 - sigma**2).clamp(min=0).sqrt() * noise_pred  # clamped, as rounding may leave -1e-8
-        return signal_prev * x_0_pred + direction + sigma * noise  # DDIM eq. 12
+        old_noise = (noise_std_prev**2 - sigma**2).clamp(min=0).sqrt()  # rounding may leave -1e-8
+        return signal_prev * x_0_pred + old_noise * noise_pred + sigma * noise
 
 
 def look_up(table: Tensor, t: Tensor | int) -> Tensor:
@@ -242,24 +271,25 @@ def look_up(table: Tensor, t: Tensor | int) -> Tensor:
 
     `gather` and not `table[t]`, for which -1 would be the last entry and not an error.
     """
-    return table.gather(0, torch.as_tensor(t, device=table.device).reshape(-1)).reshape(-1, 1, 1, 1)
+    t = torch.as_tensor(t, device=table.device).reshape(-1)
+    return table.gather(0, t).reshape(-1, 1, 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The network
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class SinusoidalPositionalEmbedding(nn.Module):
-    """A timestep as sines and cosines of it, from fast to slow (Transformer, section 3.5): int64 [B] -> float32 [B, dim].
+    """A timestep as sines and cosines, from fast to slow (Transformer, section 3.5).
 
-        embedding(t) = [sin(w_0 t), ..., sin(w_k t), cos(w_0 t), ..., cos(w_k t)],  w_i = 10000^(-i / (dim / 2))
+        embedding(t) = [sin(w_0 t), ..., sin(w_k t), cos(w_0 t), ..., cos(w_k t)]
+        w_i = 10000^(-i / (dim / 2)),  k = dim / 2 - 1
 
-    One number between 0 and 999 is hard on a network: the next timestep hardly differs. Like the hands of a clock, the fast
-    waves tell neighbours apart and the slow ones tell early from late.
+    One number between 0 and 999 is hard on a network: the next timestep hardly differs. Like the
+    hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from late.
 
-    Raises:
-        ValueError: if dim is not a positive even number.
+    int64 [B] -> float32 [B, dim]; dim is a positive even number.
     """
 
     def __init__(self, dim: int) -> None:
@@ -274,9 +304,9 @@ class SinusoidalPositionalEmbedding(nn.Module):
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-NORM_GROUPS = 8  # groups of channels that GroupNorm brings to mean 0 and variance 1 together
+NORM_GROUPS = 8  # GroupNorm normalizes the channels in so many groups
 NUM_HEADS = 2  # of the attention: each looks for something of its own
-BASE_CHANNELS_FACTOR = 24  # so that 4/3 of the width is whole too, and the groups divide both
+BASE_CHANNELS_FACTOR = 24  # then 4/3 of the width is a whole number, and NORM_GROUPS divides both
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -287,31 +317,38 @@ def zero_init(layer: nn.Module) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions whose result is added to their input; in between, the time scales and shifts every channel.
+    """Two convolutions whose result is added to their input.
 
-    [B, in_channels, H, W], time [B, time_dim] -> [B, out_channels, H, W]
+    In between, the embedding of time (and label) scales and shifts every channel. (Others call that
+    FiLM or adaptive group normalization.)
+
+    [B, in_channels, H, W], embedding [B, embed_dim] -> [B, out_channels, H, W]
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_dim: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, embed_dim: int) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(NORM_GROUPS, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.time_proj = nn.Linear(time_dim, 2 * out_channels)
+        self.time_proj = nn.Linear(embed_dim, 2 * out_channels)
         self.norm2 = nn.GroupNorm(NORM_GROUPS, out_channels)
         self.conv2 = zero_init(nn.Conv2d(out_channels, out_channels, 3, padding=1))
-        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        scale, shift = self.time_proj(time)[:, :, None, None].chunk(2, dim=1)  # [B, 2C] -> two of [B, C, 1, 1]
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         h = self.norm2(self.conv1(F.silu(self.norm1(x))))
-        h = torch.addcmul(shift, h, 1 + scale)  # shift + h (1 + scale), after the norm, as that would undo it
+        scale, shift = self.time_proj(embedding)[:, :, None, None].chunk(2, dim=1)  # [B, C, 1, 1]
+        h = torch.addcmul(shift, h, 1 + scale)  # shift + h (1 + scale)
         return self.shortcut(x) + self.conv2(F.silu(h))
 
 
 class SelfAttention(nn.Module):
-    """Every position looks at every other one (Transformer, eq. 1), added to the input: [B, C, H, W] -> [B, C, H, W].
+    """Every position looks at every other one (Transformer, eq. 1), added to the input.
 
-    A convolution sees its neighbourhood. Whether a stroke up here goes with a loop down there, attention can tell.
+    A convolution sees its neighborhood. Whether a stroke up here goes with a loop down there,
+    attention can tell.
+
+    [B, C, H, W] -> [B, C, H, W]
     """
 
     def __init__(self, channels: int) -> None:
@@ -323,105 +360,130 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, C, H, W] -> [B, H*W, C]
         query, key, value = (
-            part.unflatten(2, (NUM_HEADS, -1)).transpose(1, 2)  # [B, H*W, C] -> [B, heads, H*W, C / heads]
+            part.unflatten(2, (NUM_HEADS, -1)).transpose(1, 2)  # -> [B, heads, H*W, C / heads]
             for part in self.to_qkv(tokens).chunk(3, dim=2)
         )
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # -> [B, H*W, C]
-        return x + self.to_out(attended).transpose(1, 2).unflatten(2, x.shape[2:])  # [B, H*W, C] -> [B, C, H, W]
+        h = F.scaled_dot_product_attention(query, key, value)
+        h = self.to_out(h.transpose(1, 2).flatten(2))  # -> [B, H*W, C]
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])  # [B, H*W, C] -> [B, C, H, W]
 
 
 class UNet(nn.Module):
-    """eps_theta(x_t, t): predicts the noise in a noisy image (DDPM, section 3.2 and appendix B).
+    """eps_theta(x_t, t): predicts the noise in a noisy image (DDPM, section 3.2, appendix B).
 
-    Down to a coarse view of the image, where a few layers see all of it, and up again to full detail. On the way up every
-    resolution also gets what the way down knew there (the skip connections): noise is a matter of single pixels, and the
-    coarse view has forgotten them.
+    Down to a coarse view of the image, where a few layers see all of it, and up again to full
+    detail. On the way up every resolution also gets what the way down knew there (the skip
+    connections): noise is a matter of single pixels, and the coarse view has forgotten them.
 
         x_t    [B, 1, 28, 28]
-          fold 2x2 pixels into channels    [B, 4, 14, 14]
-          stem, down_block                 [B, c, 14, 14]  ----------------- skip -----------------.
-            downsample, low_down_blocks    [B, 4/3 c, 7, 7] --- skips ----.                        |
-              attention, middle_block      [B, 4/3 c, 7, 7]               |                        |
-            low_up_blocks                  [B, 4/3 c, 7, 7] <-- concat ---'                        |
-          upsample, up_block               [B, c, 14, 14]  <---------------- concat ---------------'
-          head, unfold                     [B, 1, 28, 28], added to x_t's own share
+          fold 2x2 pixels into channels    [B, 4, 14, 14] (pixel_unshuffle)
+          stem, down_block                 [B, c, 14, 14]  ------------ skip --------------.
+            downsample, low_down_blocks    [B, 4/3 c, 7, 7] --- skips ----.                |
+              attention, middle_block      [B, 4/3 c, 7, 7]               |                |
+            low_up_blocks                  [B, 4/3 c, 7, 7] <-- concat ---'                |
+          upsample, up_block               [B, c, 14, 14]  <----------- concat ------------'
+          head, unfold                     [B, 1, 28, 28] = v_theta
 
-    Folding loses nothing and makes the costliest convolutions four times cheaper. Most of the layers sit at the lowest
-    resolution: they cost least there, and there it is settled which digit it will be.
+    The fold (space-to-depth) loses nothing and makes the costliest convolutions four times cheaper.
+    Most layers sit at the lowest resolution: they cost least there, and see most.
 
-    The finest skip connection is x_t itself. If images were N(0, I) too, x_t would have variance 1 and covariance
-    sqrt(1 - alpha-bar_t) with the noise, and the best guess at the noise would be E[eps | x_t] = sqrt(1 - alpha-bar_t) x_t.
-    The network starts from that guess, and its layers learn what to add:
+    v-prediction (Salimans, Ho 2022, section 4). The layers put out v_theta, and the noise is
 
         eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
-    so that at large t, where x_t is all noise, it need not learn to copy. What is left for the layers to learn is called v:
-    put x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps into eps - sqrt(1 - alpha-bar_t) x_t, and it becomes
-    sqrt(alpha-bar_t) v with v = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0 (Salimans, Ho 2022, section 4). That is
-    nearly eps at small t, nearly -x_0 at large t, and of about the same size at every t. The last layer of every branch
-    starts at zero: a new network makes exactly that guess, and training starts calmly.
+    Put that into `predict_x0`, and the division by sqrt(alpha-bar_t) cancels out: x_0 becomes
+    sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta. That is what it is for. At t = 999 an
+    eps_theta straight from the layers would have its error divided by sqrt(alpha-bar_t) = 5e-5, and
+    the predicted x_0 would be noise, cut to [-1, 1]; with v it is the average image. (The loss
+    hardly counts v there: its error has the weight alpha-bar_t. The layers carry over what they
+    learn at smaller t.) It is the same prediction in other coordinates: v = sqrt(alpha-bar_t) eps -
+    sqrt(1 - alpha-bar_t) x_0. The last layer of every branch starts at zero, so a new network says
+    sqrt(1 - alpha-bar_t) x_t. That is E[eps | x_t] for images that are N(0, I) noise themselves.
+
+    Labels, for a network that draws what it is asked for; skip this for the plain model. With
+    num_classes, every class has a vector that is added to the embedding of the time. One more row
+    of the table, `no_label`, stands for "no label".
 
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.
-        image_channels: channels of the images, 1 for grey.
+        image_shape: channels, height and width of the images; 4 divides height and width.
         base_channels: c above, a multiple of 24.
-
-    Raises:
-        ValueError: for other base_channels; in `forward`, for a height or width that 4 does not divide.
+        num_classes: labels are 0 ... num_classes - 1; None for a network without labels.
     """
 
-    def __init__(self, scheduler: NoiseScheduler, image_channels: int = 1, base_channels: int = 48) -> None:
+    def __init__(
+        self,
+        scheduler: NoiseScheduler,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        base_channels: int = 48,
+        num_classes: int | None = None,
+    ) -> None:
         super().__init__()
         if base_channels < 1 or base_channels % BASE_CHANNELS_FACTOR:
-            raise ValueError(f"base_channels must be a positive multiple of {BASE_CHANNELS_FACTOR}, not {base_channels}")
-        high, low = base_channels, 4 * base_channels // 3  # channels at half resolution and at a quarter
-        time_dim = 2 * low
-        self.register_buffer("sqrt_alphas_cumprod", scheduler.sqrt_alphas_cumprod, persistent=False)
-        self.register_buffer("sqrt_one_minus_alphas_cumprod", scheduler.sqrt_one_minus_alphas_cumprod, persistent=False)
+            raise ValueError(
+                f"base_channels must be a multiple of {BASE_CHANNELS_FACTOR}, not {base_channels}"
+            )
+        self.image_shape = tuple(image_shape)
+        self.num_classes = num_classes
+        channels = image_shape[0]
+        high, low = base_channels, 4 * base_channels // 3  # at half resolution and at a quarter
+        embed_dim = 2 * low
+        for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
+            self.register_buffer(name, getattr(scheduler, name), persistent=False)
 
         self.time_embedding = nn.Sequential(
             SinusoidalPositionalEmbedding(low),
-            nn.Linear(low, time_dim),
+            nn.Linear(low, embed_dim),
             nn.SiLU(),
-            nn.Linear(time_dim, time_dim),
-            nn.SiLU(),
+            nn.Linear(embed_dim, embed_dim),
         )
-        self.stem = nn.Conv2d(4 * image_channels, high, 3, padding=1)
-        self.down_block = ResidualBlock(high, high, time_dim)
+        if num_classes is not None:
+            self.label_embedding = nn.Embedding(num_classes + 1, embed_dim)
+            self.no_label = num_classes
+        self.stem = nn.Conv2d(4 * channels, high, 3, padding=1)
+        self.down_block = ResidualBlock(high, high, embed_dim)
         self.downsample = nn.Conv2d(high, low, 2, stride=2)
-        self.low_down_blocks = nn.ModuleList(ResidualBlock(low, low, time_dim) for _ in range(2))
+        self.low_down_blocks = nn.ModuleList(ResidualBlock(low, low, embed_dim) for _ in range(2))
         self.attention = SelfAttention(low)
-        self.middle_block = ResidualBlock(low, low, time_dim)
-        self.low_up_blocks = nn.ModuleList(ResidualBlock(low + low, low, time_dim) for _ in range(2))
+        self.middle_block = ResidualBlock(low, low, embed_dim)
+        self.low_up_blocks = nn.ModuleList(ResidualBlock(2 * low, low, embed_dim) for _ in range(2))
         self.upsample = nn.Sequential(nn.Conv2d(low, 4 * high, 1), nn.PixelShuffle(2))
-        self.up_block = ResidualBlock(high + high, high, time_dim)
+        self.up_block = ResidualBlock(2 * high, high, embed_dim)
         self.head = nn.Sequential(
-            nn.GroupNorm(NORM_GROUPS, high), nn.SiLU(), zero_init(nn.Conv2d(high, 4 * image_channels, 3, padding=1))
+            nn.GroupNorm(NORM_GROUPS, high),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(high, 4 * channels, 3, padding=1)),
         )
 
-    def forward(self, x_t: Tensor, t: Tensor, skip_middle: bool = False) -> Tensor:
-        """The noise in x_t [B, C, H, W] at timesteps t, int64 [B]: [B, C, H, W].
+    def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
+        """The noise in x_t [B, C, H, W]: [B, C, H, W].
 
-        skip_middle leaves out the middle block. As that only adds to its input, the network still works, but worse;
-        `predict_guided` in train_diffusion.py makes use of it.
+        t is int64 [B], or one int for all; labels are int64 [B], or None: no label for all.
         """
         height, width = x_t.shape[-2:]
         if height % 4 or width % 4:
-            raise ValueError(f"height and width must be divisible by 4 (two halvings), not {height}x{width}")
-        time = self.time_embedding(t)
+            raise ValueError(f"4 must divide height and width (two halvings), not {height}x{width}")
+        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        embedding = self.time_embedding(t)
+        if self.num_classes is not None:
+            embedding = embedding + self.label_embedding(
+                torch.full_like(t, self.no_label) if labels is None else labels
+            )
+        elif labels is not None:
+            raise ValueError("this network was made without labels (num_classes is None)")
+        embedding = F.silu(embedding)
 
         h = self.stem(F.pixel_unshuffle(x_t, 2))
-        skip = self.down_block(h, time)
+        skip = self.down_block(h, embedding)
         h = self.downsample(skip)
         low_skips = []
         for block in self.low_down_blocks:
-            h = block(h, time)
+            h = block(h, embedding)
             low_skips.append(h)
-        h = self.attention(h)
-        if not skip_middle:
-            h = self.middle_block(h, time)
+        h = self.middle_block(self.attention(h), embedding)
         for block in self.low_up_blocks:
-            h = block(torch.cat([h, low_skips.pop()], dim=1), time)
-        h = self.up_block(torch.cat([self.upsample(h), skip], dim=1), time)
+            h = block(torch.cat([h, low_skips.pop()], dim=1), embedding)
+        h = self.up_block(torch.cat([self.upsample(h), skip], dim=1), embedding)
         v_pred = F.pixel_shuffle(self.head(h), 2)
-        return look_up(self.sqrt_one_minus_alphas_cumprod, t) * x_t + look_up(self.sqrt_alphas_cumprod, t) * v_pred
+        x_t_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * x_t
+        return x_t_part + look_up(self.sqrt_alphas_cumprod, t) * v_pred

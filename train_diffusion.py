@@ -1,942 +1,1042 @@
 """Train a denoising diffusion model on MNIST and draw digits with it.
 
-    python train_diffusion.py                    # the whole job: train, sample, save
-    python train_diffusion.py --resume           # go on after an interruption; other options as before
-    python train_diffusion.py --sample-only      # draw with a trained checkpoint
-    torchrun --nproc-per-node=2 train_diffusion.py
+    python train_diffusion.py                                # the whole job: train, sample, save
+    python train_diffusion.py --resume                       # go on after an interruption
+    python train_diffusion.py --sample-only --labels 3 1 4   # draw with a trained network
+    torchrun --nproc-per-node=2 train_diffusion.py           # several processes or GPUs
 
-The mathematics and the network are in forward_reverse_process.py; read that first. This file is the program around them, in
-the order in which a batch passes through it: images, one training step (DDPM's Algorithm 1), the training loop, several
-processes, sampling (Algorithm 2, DDIM's way to take fewer steps, and guidance), then the optimiser, files, pictures, options.
+or, from Python:
+
+    from train_diffusion import load_model, sample
+    model, scheduler = load_model()
+    digits = sample(model, scheduler, labels=[3, 1, 4, 1, 5])
+
+The network learns to say which noise was added to an image. forward_reverse_process.py has the
+mathematics and the network; read that first. This file has the program around them: images, one
+step of training (DDPM's Algorithm 1), the loop, sampling (Algorithm 2, DDIM, guidance). What comes
+after that is not about diffusion: files, processes, pictures, the command line, an optimizer.
 """
 
 import argparse
 import contextlib
-import csv
-import hashlib
+import copy
+import gzip
 import io
-import itertools
 import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import tempfile
+import threading
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import BinaryIO, NoReturn, TextIO
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports: no traceback
+# import matplotlib would fail over a backend that is not installed, and files need none.
+MPLBACKEND = os.environ.pop("MPLBACKEND", None)
+
+import matplotlib.style
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.axes import Axes
+import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision import datasets
-from torchvision.utils import make_grid, save_image
-from tqdm import tqdm
+from torchvision.utils import make_grid
+from tqdm.auto import tqdm
 
 from forward_reverse_process import BASE_CHANNELS_FACTOR, NoiseScheduler, UNet
 
+if MPLBACKEND is not None:
+    os.environ["MPLBACKEND"] = MPLBACKEND
+
 HERE = Path(__file__).resolve().parent
-WARMUP_STEPS = 200  # optimiser steps in which the learning rate rises
-ADAM_BETAS = (0.9, 0.99)
-EMA_DECAY = 0.999  # of the moving average (EMA) of the weights, which looks back over about 1 / (1 - decay) steps
+IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
+LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run, by optimizer; for batches of 64
+WARMUP_STEPS = 200  # steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0
-CHECK_EVERY = 20  # optimiser steps between two looks at the loss, for which a GPU must wait
-NUM_VALIDATION_IMAGES = 2000
-IMAGE_SIZE = 28  # pixels, in all three data sets
-SAMPLE_CHUNK = 250  # images that are sampled together
-GUIDANCE_FROM = 0.15  # sampling is guided where alpha-bar is at least this: at t = 743 and below by default
+EMA_DECAY = 0.999  # the average of the weights looks back over about 1 / (1 - decay) steps
+CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait for a GPU
+SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
+NUM_HELD_OUT = 2000  # images at most for the held-out loss
+SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
+GUIDANCE = 0.2  # strength of classifier-free guidance
+NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
+CHUNK = 250  # images that are drawn or measured together
 
-# torchrun tells every process how many there are, which one it is, and which one on its machine; without it there is one.
-WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "1"))
-RANK = int(os.environ.get("RANK", "0"))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """End the program with one line on standard error; code 2 is a wrong option, 1 a broken file or run."""
-    print(f"train_diffusion.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-# ------------------------------------------------------------------------------------------------------------------------
-# Images
-# ------------------------------------------------------------------------------------------------------------------------
-
-
-def load_images(dataset: str, data_dir: Path, train: bool) -> Tensor:
-    """All images of one split in one tensor, uint8 [N, 28, 28]; a batch is then an index into it.
-
-    torchvision checks the .gz files, unpacks them, and downloads what is missing.
-    """
-    try:
-        return getattr(datasets, dataset)(data_dir, train=train, download=True).data
-    except Exception as error:  # torchvision raises anything from AssertionError to zlib.error
-        raw = data_dir / dataset / "raw"
-        reason = str(error).strip().split("\n")[0].rstrip(":") or type(error).__name__
-        fail(
-            f"cannot read {dataset}: {broken_file(dataset, raw)} in {raw.resolve()} is missing or damaged ({reason}). "
-            "Delete it if it is there, then put the published file in its place or run again with a network.",
-            code=1,
-        )
-
-
-def broken_file(dataset: str, raw: Path) -> str:
-    """The name of the first file in `raw` that torchvision cannot use."""
-    for filename, md5 in getattr(datasets, dataset).resources:
-        unpacked = raw / Path(filename).stem
-        if unpacked.exists():
-            try:
-                datasets.mnist.read_sn3_pascalvincent_tensor(str(unpacked))
-            except Exception:
-                return unpacked.name
-        elif not datasets.utils.check_integrity(raw / filename, md5):
-            return filename
-    return "a file"
+# --------------------------------------------------------------------------------------------------
+# Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside
+# --------------------------------------------------------------------------------------------------
 
 
 def to_model(images: Tensor) -> Tensor:
-    """uint8 [B, 28, 28] -> float32 [B, 1, 28, 28] in [-1, 1], where the model works."""
-    return images.unsqueeze(1).float() / 127.5 - 1
+    """uint8 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def to_uint8(x_0: Tensor) -> Tensor:
-    """[B, 1, 28, 28] in [-1, 1] -> uint8 [B, 28, 28], as images are kept outside the model."""
-    return ((x_0.squeeze(1) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    """[-1, 1] -> uint8."""
+    return ((x_0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Training (DDPM, Algorithm 1)
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def training_loss(
+    model: UNet,
+    scheduler: NoiseScheduler,
+    x_0: Tensor,
+    labels: Tensor | None = None,
+    t: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """The mean squared error of the predicted noise, for each image: float32 [B].
+
+    This is DDPM's Algorithm 1 up to its gradient step. Why a squared error: how likely the network
+    thinks the images, at least (the variational bound), is a sum of such errors, each with a weight
+    that depends on t (eq. 8 and 12), and eq. 14 leaves the weights out. Why the noise: it is also
+    the score, the direction in which x_t gets more probable, up to a factor:
+    grad log q(x_t | x_0) = -eps / sqrt(1 - alpha-bar_t).
+
+    Args:
+        x_0: clean images in [-1, 1], [B, C, H, W].
+        labels: int64 [B], or None: no label for all.
+        t: int64 [B] in 0 ... T - 1; drawn if not given.
+        noise: shaped like x_0; drawn if not given.
+    """
+    if t is None:
+        t = draw_timesteps(len(x_0), scheduler.num_timesteps, device=x_0.device)
+    x_t, noise = scheduler.add_noise(x_0, t, noise)
+    noise_pred = model(x_t, t, labels)
+    return (noise - noise_pred).square().mean(dim=(1, 2, 3))
+
+
+def draw_timesteps(
+    batch_size: int,
+    num_timesteps: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """t ~ Uniform{0, ..., T - 1}, int64 [B].
+
+    Stratified: T is cut into B equal slices, and image i draws from the i-th. So no batch happens
+    to be all early or all late, and the loss is steadier.
+    """
+    u = torch.rand(batch_size, generator=generator, device=device)
+    t = (torch.arange(batch_size, device=device) + u) / batch_size * num_timesteps
+    return t.long().clamp(max=num_timesteps - 1)  # rounding may reach T
+
+
+def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespace) -> None:
+    """The whole run: from the images to the trained network and its pictures.
+
+    `signals` is what `heard_signals` yields. With several processes, each draws what one alone
+    would draw for the whole batch, and works on its share. Gradients are averaged, so the result is
+    that of one process, up to rounding.
+    """
+    rank, _, num_processes = torchrun_variables()
+    share = slice(rank, None, num_processes)  # of every batch: each so-many-th image
+    batch_size = args.batch_size
+    folder, path = args.output_dir, args.output_dir / "checkpoint.pt"
+
+    # Load.
+    data_dir = args.data_dir or HERE / "data"
+    (images, labels), (test_images, test_labels) = load_images(args.dataset, data_dir)
+    if batch_size > len(images):
+        raise ValueError(f"argument --batch-size: there are only {len(images)} images")
+    if labels is None or args.label_dropout == 1:
+        num_classes = labels = test_labels = None
+    else:
+        num_classes = int(max(labels.max(), test_labels.max())) + 1
+        labels, test_labels = labels.to(device), test_labels[:NUM_HELD_OUT].to(device)
+    images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
+    steps_per_epoch = len(images) // batch_size
+    total_steps = args.epochs * steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+
+    # Build.
+    schedule = {"num_timesteps": args.timesteps, "schedule": args.schedule}
+    shape = {"image_shape": tuple(images.shape[1:]), "base_channels": args.base_channels}
+    shape |= {"num_classes": num_classes}
+    scheduler = NoiseScheduler(**schedule).to(device)
+    torch.manual_seed(args.seed)  # for the initial weights; later draws have their own generators
+    model = UNet(scheduler, **shape).to(device, memory_format=memory_format(device))
+    ema = copy.deepcopy(model).eval()  # an average of the weights, smoother than the latest ones
+    optimizers = make_optimizers(model, args.optimizer)
+    step, seconds = 0, 0.0  # done so far
+    losses = torch.zeros(steps_per_epoch, device=device)  # of the current epoch
+    history: list[dict[str, float]] = []  # a row for every epoch, as in train_log.csv
+    strips: list[tuple[int, Tensor]] = []  # epoch and first ten images of every sample grid
+    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+    # Resume.
+    if args.resume:
+        saved = load_checkpoint(path)
+        if (saved["unet"], saved["num_images"]) != (shape, len(images)):
+            raise ValueError(f"--resume: {args.dataset} is not what {path} was trained on")
+        model.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        step, seconds, losses = saved["step"], saved["seconds"], saved["losses"].to(device)
+        history, strips = saved["history"], saved["strips"]
+        if step >= last_step:
+            say(f"nothing left to train: {path} is at step {step}, and {last_step} are asked for")
+    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}
+
+    def save() -> None:
+        """Write checkpoint.pt: all that the run has changed, in tensors and plain values."""
+        state = {"settings": {name: getattr(args, name) for name in CHANGEABLE + KEPT}}
+        state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
+        state |= {"step": step, "seconds": seconds, "losses": losses, "num_images": len(images)}
+        if rank == 0:
+            save_checkpoint(path, weights | state | {"history": history, "strips": strips})
+
+    if rank == 0:
+        if not args.resume:
+            keep_earlier_checkpoint(path)
+            save()  # now, so that a run can be resumed whenever it is interrupted
+        draw_noise_schedule(folder / "noise_schedule.png", args.timesteps)
+        draw_forward_process(folder / "forward_process.png", scheduler, test_images[:4], args.seed)
+    while step < last_step or len(history) < step // steps_per_epoch:
+        # What is left of an epoch, as numbers of images, [steps, B]. (Nothing, if the run was
+        # killed between "Save" and "look" below.)
+        epoch, start = len(history) + 1, len(history) * steps_per_epoch
+        order = torch.randperm(len(images), generator=generator_for(f"epoch {epoch}", args.seed))
+        batches = order[: steps_per_epoch * batch_size].view(steps_per_epoch, -1).to(device)
+        bar = progress_bar(batches[step - start : last_step - start, share], f"epoch {epoch}")
+        clock = saved_at = time.monotonic()
+        signals.deferred = True
+        for batch in bar:
+            # Draw timesteps, noise, and whose label to drop, since `guided_noise` needs a network
+            # that knows images without one. The generator's own seed makes every step repeatable.
+            draw = {"generator": generator_for(f"step {step}", args.seed, device), "device": device}
+            t = draw_timesteps(batch_size, args.timesteps, **draw)[share]
+            noise = torch.randn(batch_size, *model.image_shape, **draw)[share]
+            dropped = torch.rand(batch_size, **draw)[share] < args.label_dropout
+            x_0 = to_model(images[batch])
+            y = labels[batch].masked_fill(dropped, model.no_label) if num_classes else None
+
+            # Predict the noise.
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+                loss = training_loss(model, scheduler, x_0, y, t, noise).mean()
+
+            # Learn: one step down the gradient. The learning rate rises over the first steps, then
+            # falls on a line, to 0 at the end of the last epoch.
+            model.zero_grad()
+            loss.backward()
+            loss = loss.detach()
+            average_over_processes([loss, *(weight.grad for weight in model.parameters())])
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+            lr = args.lr * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / total_steps)
+            for optimizer in optimizers:
+                optimizer.param_groups[0]["lr"] = lr
+                optimizer.step()
+
+            # Average: ema = decay ema + (1 - decay) model, with a short memory at first, so that
+            # the random start is soon forgotten.
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))
+            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+
+            # Count, and now and then look: nan marks a loss that is bad or has a bad gradient.
+            losses[step - start] = torch.where(grad_norm.isfinite(), loss, torch.nan)
+            step, now = step + 1, time.monotonic()
+            seconds, clock = seconds + now - clock, now
+            if step % CHECK_EVERY == 0:
+                stop_if_not_finite(losses[: step - start], start, path)
+                bar.set_postfix(loss=f"{losses[: step - start].mean():.4f}")
+                if now - saved_at > SAVE_EVERY:
+                    save()
+                    saved_at = now
+            meet = num_processes == 1 or step % CHECK_EVERY == 0
+            if meet and any_process(signals.received, device):
+                break
+
+        # Save first, then look. After saving nothing is lost, and a signal may interrupt at once.
+        bar.close()
+        stop_if_not_finite(losses[: step - start], start, path)
+        save()
+        if any_process(signals.received, device):
+            raise KeyboardInterrupt(*signals.received)
+        signals.deferred = num_processes > 1
+        row = {"epoch": epoch, "step": step, "train_loss": losses[: step - start].mean().item()}
+        if rank == 0:
+            t, errors = held_out_loss(ema, scheduler, test_images, test_labels, args.seed)
+            before = history[-1] if history else {"step": 0, "seconds": 0.0}
+            speed = (step - before["step"]) * batch_size / (seconds - before["seconds"])
+            row |= {"val_loss": errors.mean().item(), "seconds": seconds}
+            row |= {"images_per_second": speed}
+            write_log(folder / "train_log.csv", [*history, row])
+            draw_loss_curve(folder / "loss_curve.png", [*history, row], t, errors, args.timesteps)
+            if epoch % args.sample_every == 0 or step == last_step:
+                grid = sample(ema, scheduler, args.num_samples, seed=args.seed, **args.sampler)
+                with not_vital(folder / f"samples_epoch_{epoch}.png") as file:
+                    write_file(file, lambda out: grid_image(grid, num_classes).save(out, "PNG"))
+                strip = grid[:10].cpu().clone()  # no view, with which the whole grid would be saved
+                strips = [s for s in strips if s[0] < epoch and s[1].shape == strip.shape]
+                strips.append((epoch, strip))
+                draw_progress(folder / "samples_progress.png", strips)
+            say(
+                f"epoch {epoch}/{args.epochs}  loss {row['train_loss']:.4f}  held-out "
+                f"{row['val_loss']:.4f}  {speed:.0f} images/s  {seconds / 60:.1f} min"
+            )
+        if step == start + steps_per_epoch:  # else --max-steps cut it short; --resume completes it
+            history.append(row)
+            save()
+
+    if rank == 0:
+        draw_denoising(folder, ema, scheduler, args.seed, args.sampler)
+        with not_vital(folder / "weights.pt") as file:
+            save_checkpoint(file, weights)
+        say(f"done: {step} steps, {seconds / 60:.1f} min of training; all files are in {folder}")
+        say(f"draw more: {command_line('--sample-only', '--checkpoint', path)}")
+    any_process(False, device)  # nobody leaves before all are done
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: UNet, scheduler: NoiseScheduler, images: Tensor, labels: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The training loss of images that are never trained on, at the same t and noise every time.
+
+    images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], and the loss of
+    each image, float32 [N].
+    """
+    generator = generator_for("held-out loss", seed, images.device)
+    t = draw_timesteps(len(images), scheduler.num_timesteps, generator, images.device)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    losses = []
+    for i in range(0, len(images), CHUNK):
+        part = slice(i, i + CHUNK)
+        x_0, y = to_model(images[part]), None if labels is None else labels[part]
+        losses.append(training_loss(model, scheduler, x_0, y, t[part], noise[part]))
+    return t, torch.cat(losses)
 
 
 def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator of its own for every purpose, fixed by purpose and seed.
-
-    So sampling cannot change what training draws next, and a resumed run needs to know nothing but its step.
-    """
-    digest = hashlib.sha256(f"{purpose}, seed {seed}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:4], "big"))
+    """A random generator for every purpose: sampling cannot change what training draws next."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{purpose}, seed {seed}".encode()))
 
 
-def draw_timesteps(batch_size: int, num_timesteps: int, generator: torch.Generator) -> Tensor:
-    """One timestep per image, int64 [B], from 0 ... T - 1; t = 800 is drawn twice as often as t = 400.
-
-    DDPM draws them evenly. But it is at large t, out of much noise, that it is decided which digit there will be; what the
-    network has to do at small t is easy, and it learns it from fewer examples. (The weight in `train_step` says how much an
-    error at t counts; this, how often the network practises there.)
-
-    Before the square root, image i draws from the i-th of B equal slices of [0, 1): no batch happens to be all early or all
-    late, and the loss is steadier.
-    """
-    device = generator.device
-    slices = torch.arange(batch_size, device=device) + torch.rand(batch_size, generator=generator, device=device)
-    return ((slices / batch_size).sqrt() * num_timesteps).long().clamp(max=num_timesteps - 1)  # rounding may reach T
-
-
-def lr_factor(step: int, total_steps: int) -> float:
-    """Share of --lr at this step: up over the first steps, then on a straight line down to 0 after the last."""
-    return min(1.0, (step + 1) / WARMUP_STEPS) * max(0.0, 1 - step / total_steps)
-
-
-def update_ema(ema_params: list[Tensor], params: list[Tensor], step: int) -> None:
-    """Move the averaged weights towards the current ones, fast at first: the random start is soon forgotten."""
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
-    get_ema_multi_avg_fn(decay)(ema_params, params, step)
-
-
-class Run:
-    """Everything that training changes: what a checkpoint holds and --resume restores.
-
-    Args:
-        args: the options, as `parse_options` gives them.
-        num_images: how many training images there are; the rest of the last batch of an epoch is left out.
-        device: where to train.
-        state: the content of a checkpoint to go on from.
-    """
-
-    def __init__(self, args: argparse.Namespace, num_images: int, device: torch.device, state: dict | None) -> None:
-        self.args = args
-        self.path = args.output_dir / "checkpoint.pt"
-        self.saved_at = time.monotonic()
-        self.steps_per_epoch = num_images // args.batch_size
-        self.total_steps = args.epochs * self.steps_per_epoch
-        self.last_step = min(self.total_steps, args.max_steps or self.total_steps)
-        self.scheduler = NoiseScheduler(args.timesteps, args.schedule).to(device)
-
-        torch.manual_seed(args.seed)  # for the initial weights; every later draw has a generator of its own
-        self.model = UNet(self.scheduler, base_channels=args.base_channels).to(device, memory_format=torch.channels_last)
-        # Samples are drawn with an average of the weights over many steps, which is smoother than the latest ones.
-        self.ema = AveragedModel(self.model, multi_avg_fn=lambda ema, now, _: update_ema(ema, now, self.step)).eval()
-        # Muon (below) for the convolutions, which are most of the weights; AdamW for biases, norms and linear layers.
-        kernels = [weight for weight in self.model.parameters() if weight.ndim == 4]
-        others = [weight for weight in self.model.parameters() if weight.ndim < 4]
-        self.optimizers = [Muon(kernels, lr=args.lr), torch.optim.AdamW(others, lr=args.lr, betas=ADAM_BETAS, fused=True)]
-        self.step = 0  # optimiser steps done
-        self.seconds = 0.0  # spent training, earlier sessions included
-        self.step_losses = torch.zeros(self.steps_per_epoch, device=device)  # of the current epoch
-        self.history: list[dict[str, float]] = []  # a row for every finished epoch, as in train_log.csv
-        self.strips: list[tuple[int, Tensor]] = []  # epoch and first digits of every sample grid, uint8 [8, 28, 28]
-        if state:
-            self.load_state_dict(state)
-        self.lr_schedules = [
-            torch.optim.lr_scheduler.LambdaLR(
-                optimizer, lambda step: lr_factor(step, self.total_steps), last_epoch=self.step - 1
-            )
-            for optimizer in self.optimizers
-        ]
-        self.network = DistributedDataParallel(self.model, broadcast_buffers=False) if WORLD_SIZE > 1 else self.model
-
-    def state_dict(self) -> dict:
-        """Tensors and plain Python values only, so that it loads with `weights_only=True`."""
-        return {
-            "format": CHECKPOINT_FORMAT,
-            "settings": {name: getattr(self.args, name) for name in SETTINGS},
-            "ema": self.ema.module.state_dict(),
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "step": self.step,
-            "seconds": self.seconds,
-            "step_losses": self.step_losses,
-            "history": self.history,
-            "strips": self.strips,
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.ema.module.load_state_dict(state["ema"])
-        self.ema.n_averaged.fill_(state["step"])
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.history, self.strips = state["history"], state["strips"]
-        self.step_losses.copy_(state["step_losses"])
-
-    def save(self) -> None:
-        """Write checkpoint.pt, unless the run has gone wrong: the last good one stays."""
-        self.check_losses()
-        if RANK == 0:
-            save_checkpoint(self.path, self.state_dict())
-        self.saved_at = time.monotonic()
-
-    def check_losses(self) -> None:
-        """End the program if a loss of this epoch is infinite or not a number; nothing can be learnt after that."""
-        bad = (~torch.isfinite(self.step_losses)).nonzero()
-        if len(bad):
-            step = (self.step - 1) // self.steps_per_epoch * self.steps_per_epoch + int(bad[0])
-            lr = self.args.lr * lr_factor(step, self.total_steps)
-            fail(
-                f"the loss is not finite at step {step + 1} (learning rate {lr:.2g}). Try a lower --lr. "
-                f"{self.path} was not touched: it holds the last good state, if there is one.",
-                code=1,
-            )
-
-
-def train_step(run: Run, images: Tensor) -> Tensor:
-    """One step of training on uint8 images [B, 28, 28]; returns the mean squared error, a scalar.
-
-    This is DDPM's Algorithm 1 but for two things that favour large t: `draw_timesteps` and a weight. DDPM (eq. 14)
-    minimises the squared error of the noise as it is. The UNet multiplies what its layers put out, v, by sqrt(alpha-bar_t),
-    so dividing that error by alpha-bar_t leaves the error of v, which counts the same at every t; else large t would hardly
-    count. (Salimans, Ho 2022, section 4: as a weight on the error of x_0 this is SNR + 1, with the signal-to-noise ratio
-    SNR = alpha-bar / (1 - alpha-bar).) The error that is returned and logged has no weight.
-
-    With several processes, each draws the timesteps and the noise of the whole batch and works on its share of them.
-    """
-    share = slice(RANK, None, WORLD_SIZE)
-    device = images.device
-
-    # Noise: a timestep for every image, and the image as it looks there.
-    generator = generator_for(f"training step {run.step}", run.args.seed, device)
-    t = draw_timesteps(len(images), run.args.timesteps, generator)[share]
-    noise = torch.randn(len(images), 1, *images.shape[1:], generator=generator, device=device)[share]
-    x_t, noise = run.scheduler.add_noise(to_model(images[share]), t, noise)
-
-    # Predict: which noise was it?
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        noise_pred = run.network(x_t, t)
-    squared_error = (noise_pred - noise).square().mean(dim=(1, 2, 3))  # [B, 1, 28, 28] -> [B]
-    weighted_loss = (squared_error / run.scheduler.alphas_cumprod[t].clamp(min=1e-9)).mean()  # less would magnify rounding
-
-    # Learn.
-    run.model.zero_grad()
-    weighted_loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), MAX_GRAD_NORM)
-    for optimizer, lr_schedule in zip(run.optimizers, run.lr_schedules):
-        optimizer.step()
-        lr_schedule.step()
-
-    # Average the weights.
-    run.ema.update_parameters(run.model)
-    return squared_error.detach().mean() + 0 * grad_norm  # not finite if the gradient, and so the weights, are not
-
-
-def train_epoch(run: Run, images: Tensor, interrupts: list[int]) -> bool:
-    """Train to the end of the current epoch, or to `run.last_step`; True if a signal in `interrupts` ended it earlier."""
-    args = run.args
-    epoch, first = divmod(run.step, run.steps_per_epoch)
-    order = torch.randperm(len(images), generator=generator_for(f"order of epoch {epoch + 1}", args.seed))
-    batches = order[: run.steps_per_epoch * args.batch_size].to(images.device).split(args.batch_size)
-    started = time.monotonic()
-    with bar(
-        args,
-        total=len(batches) * args.batch_size,
-        initial=first * args.batch_size,
-        unit="img",
-        unit_scale=True,
-        desc=f"epoch {epoch + 1}",
-        leave=False,
-    ) as epoch_bar:
-        for batch in batches[first : first + run.last_step - run.step]:
-            loss = over_processes(train_step(run, images[batch])) / WORLD_SIZE
-            run.step_losses[run.step % run.steps_per_epoch] = loss
-            run.step += 1
-            epoch_bar.update(args.batch_size)
-            now = time.monotonic()
-            run.seconds, started = run.seconds + now - started, now
-
-            if run.step % CHECK_EVERY == 0:
-                run.check_losses()
-                epoch_bar.set_postfix(loss=f"{mean_loss(run):.4f}")
-            in_between = run.step % run.steps_per_epoch > 0 and run.step < run.last_step  # an end is saved with its samples
-            if in_between and now - run.saved_at > args.save_every_minutes * 60:
-                run.save()
-            if any_process(bool(interrupts), images.device):
-                return True
-    return False
-
-
-def mean_loss(run: Run) -> float:
-    """Mean training loss of the current epoch so far; of the whole epoch at its end."""
-    return run.step_losses[: (run.step - 1) % run.steps_per_epoch + 1].mean().item()
-
-
-@torch.inference_mode()
-def validate(run: Run, test_images: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss of the averaged weights on images never trained on, at timesteps drawn as in training, the same every time.
-
-    Returns, for every image, its timestep, int64 [N], and its loss, float32 [N], on the CPU.
-    """
-    generator = generator_for("validation", run.args.seed, test_images.device)
-    timesteps, losses = [], []
-    for images in test_images.split(SAMPLE_CHUNK):
-        t = draw_timesteps(len(images), run.args.timesteps, generator)
-        noise = torch.randn(len(images), 1, *images.shape[1:], generator=generator, device=images.device)
-        x_t, noise = run.scheduler.add_noise(to_model(images), t, noise)
-        timesteps.append(t)
-        losses.append((run.ema.module(x_t, t) - noise).square().mean(dim=(1, 2, 3)))  # [B, 1, 28, 28] -> [B]
-    return torch.cat(timesteps).cpu(), torch.cat(losses).cpu()
-
-
-def train(run: Run, images: Tensor, test_images: Tensor) -> None:
-    """Train to the last step. Every epoch ends with a line in the log and a checkpoint, some with samples."""
-    interrupts: list[int] = []
-
-    def note(signum: int, frame: object) -> None:
-        interrupts.append(signum)  # Ctrl-C or SIGTERM: the current step can still finish
-        if WORLD_SIZE == 1:  # torchrun repeats the signal
-            signal.signal(signum, signal.SIG_DFL)  # a second one ends the program at once
-
-    handlers = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
-    run_bar = bar(
-        run.args,
-        total=run.total_steps // run.steps_per_epoch,
-        initial=run.step // run.steps_per_epoch,
-        unit="epoch",
-        desc="run",
-    )
-    with run_bar:
-        while run.step < run.last_step:
-            interrupted = train_epoch(run, images, interrupts)
-            run.check_losses()
-            if RANK == 0 and (run.step % run.steps_per_epoch == 0 or run.step == run.last_step):
-                finish_epoch(run, test_images)
-                run_bar.update()
-            run.save()
-            if interrupted:
-                break
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
-    if run.step < run.last_step:
-        if RANK == 0:
-            print(f"interrupted after step {run.step}; saved {run.path}. Go on with: {resume_command()}", file=sys.stderr)
-        sys.exit(128 + (interrupts or [signal.SIGTERM])[0])
-
-
-def finish_epoch(run: Run, test_images: Tensor) -> None:
-    """Measure, log and draw what the epoch has brought."""
-    args = run.args
-    epoch = (run.step - 1) // run.steps_per_epoch + 1
-    before = run.history[-1] if run.history else {"step": 0, "seconds": 0.0}
-    timesteps, losses = validate(run, test_images)
-    row = {
-        "epoch": epoch,
-        "step": run.step,
-        "train_loss": mean_loss(run),
-        "val_loss": losses.mean().item(),
-        "seconds": run.seconds,
-        "images_per_second": (run.step - before["step"]) * args.batch_size / (run.seconds - before["seconds"]),
-    }
-    rows, strips = run.history + [row], run.strips
-    write_log(args.output_dir / "train_log.csv", rows)
-    draw_loss_curve(args.output_dir / "loss_curve.png", rows, timesteps, losses, args.timesteps)
-    if epoch % args.sample_every == 0 or run.step == run.last_step:
-        images = sample(run.ema.module, run.scheduler, args).cpu()
-        save_grid(args.output_dir / f"samples_epoch_{epoch}.png", images)
-        strips = strips + [(epoch, images[:8].clone())]  # a view would save all of them
-        draw_progress(args.output_dir / "samples_progress.png", strips)
-    if run.step % run.steps_per_epoch == 0:  # an epoch cut short by --max-steps does not count: a resumed run will end it
-        run.history, run.strips = rows, strips
-    if not args.quiet:
-        tqdm.write(
-            f"epoch {epoch}/{args.epochs}  loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}  "
-            f"{row['images_per_second']:.0f} images/s  {row['seconds'] / 60:.1f} min"
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun); with one, these do nothing
-# ------------------------------------------------------------------------------------------------------------------------
-
-
-def over_processes(value: Tensor) -> Tensor:
-    """The sum of a scalar over all processes."""
-    if WORLD_SIZE > 1:
-        dist.all_reduce(value)
-    return value
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is true in any process, so that all of them stop after the same step."""
-    return bool(over_processes(torch.tensor(float(flag), device=device))) if WORLD_SIZE > 1 else flag
-
-
-def one_first(load: Callable[[], Tensor]) -> Tensor:
-    """The result of `load`, called by one process of each machine before the others: it unpacks the files for them."""
-    if WORLD_SIZE > 1 and LOCAL_RANK > 0:
-        dist.barrier()
-    result = load()
-    if WORLD_SIZE > 1 and LOCAL_RANK == 0:
-        dist.barrier()
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------------------
-# Sampling (DDPM, Algorithm 2; DDIM)
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Sampling
+# --------------------------------------------------------------------------------------------------
 
 
 def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
-    """`num_steps` timesteps, evenly spaced and strictly decreasing from T - 1; all of them if num_steps is T."""
+    """Evenly spaced timesteps, decreasing from T - 1: 999, 959, ..., 39 for 25 steps of 1000."""
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"num_steps (--sample-steps) is {num_steps}, not 1 to {num_timesteps}")
     return [num_timesteps * (num_steps - i) // num_steps - 1 for i in range(num_steps)]
 
 
-def predict_guided(model: torch.nn.Module, scheduler: NoiseScheduler, x_t: Tensor, t: int, guidance: float) -> Tensor:
-    """The noise in x_t, all at timestep t, by a network that is steered away from its own mistakes: [B, 1, H, W].
+def guided_noise(
+    model: UNet, x_t: Tensor, t: int, labels: Tensor | None, guidance: float
+) -> Tensor:
+    """The noise in x_t by classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598, eq. 6).
 
-        noise_pred = better + guidance (better - worse)
+        noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
-    Without its middle block the network errs mostly in the same direction, only farther. So the step from the worse
-    prediction to the better one leads towards the truth, and `guidance` says how much farther to go. While x_t is mostly
-    noise, alpha-bar below GUIDANCE_FROM, that would favour some digits over others, so there is no guidance there.
-
-    (Karras et al. 2024, Guiding a Diffusion Model with a Bad Version of Itself, arXiv:2406.02507, whose worse network is a
-    smaller one, trained less, and whose weight w is 1 + guidance. Leaving a block out needs no second network.)
+    w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
+    drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), and by Bayes' rule
+    grad log p(x_t | label) - grad log p(x_t) = grad log p(label | x_t). So guidance goes farther to
+    where x_t fits its label better. Images get clearer, and more alike.
     """
-    timesteps = torch.full((len(x_t),), t, device=x_t.device)
-    better = model(x_t, timesteps)
-    if guidance == 0 or scheduler.alphas_cumprod[t] < GUIDANCE_FROM:
-        return better
-    return better + guidance * (better - model(x_t, timesteps, skip_middle=True))
+    if labels is None or guidance == 0:
+        return model(x_t, t, labels)
+    no_labels = torch.full_like(labels, model.no_label)
+    both = model(torch.cat([x_t, x_t]), t, torch.cat([labels, no_labels]))  # [2B, C, H, W]
+    labeled, unlabeled = both.chunk(2)
+    return (1 + guidance) * labeled - guidance * unlabeled
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def denoise(
-    model: torch.nn.Module,
+    model: UNet,
     scheduler: NoiseScheduler,
-    x_t: Tensor,
-    timesteps: list[int],
-    eta: float,
-    guidance: float,
-    generator: torch.Generator,
+    x_T: Tensor,
+    labels: Tensor | None = None,
+    num_steps: int = SAMPLE_STEPS,
+    eta: float = 1.0,
+    guidance: float = GUIDANCE,
+    generator: torch.Generator | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """The reverse process from pure noise x_t [B, 1, H, W] to images (DDPM's Algorithm 2 if eta = 1, guidance = 0 and every
-    timestep is visited; fewer timesteps or less eta are DDIM's).
+    """The reverse process, from pure noise to images, a step at a time.
 
-    The guess at x_0 sharpens on the way. A jump over many timesteps on the guess at its start lags behind, so it takes the
-    guess halfway, as it will be there if it goes on changing as it did in the last jump. (A second-order step, as in Lu et
-    al. 2022, DPM-Solver++, arXiv:2211.01095, Algorithm 2, where log-SNR takes the place of t. In the first guided jump the
-    change includes the guidance, half of which so counts twice.)
+    With all T steps, eta = 1 and no guidance it is DDPM's Algorithm 2 (and x_0 is clamped, see
+    `step`). With fewer steps or less eta it is DDIM's, between the two at 0 < eta < 1.
 
-    Yields, at every timestep, (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
+    Args:
+        x_T: noise from N(0, I), [B, C, H, W].
+        labels: what to draw, int64 [B], or None: no label for all.
+        num_steps: timesteps to visit, 1 to T.
+        eta: share of DDPM's fresh noise in each step, 0 to 1.
+        guidance: w of `guided_noise`.
+        generator: for the fresh noise.
+
+    Yields:
+        At each timestep (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
     """
-    x_0_last = None  # the guess one jump ago
-    for t, t_prev in zip(timesteps, timesteps[1:] + [-1]):
-        noise_pred = predict_guided(model, scheduler, x_t, t, guidance)
-        x_0_pred = scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
-        yield t, x_t, x_0_pred
-        if x_0_last is not None and -1 < t_prev < t - 1:  # a jump that is neither the first nor the last
-            noise_pred = scheduler.predict_noise(x_t, t, x_0_pred + (x_0_pred - x_0_last) / 2)
-        x_0_last = x_0_pred
+    timesteps = sampling_timesteps(scheduler.num_timesteps, num_steps)
+    x_t = x_T
+    for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
+        noise_pred = guided_noise(model, x_t, t, labels, guidance)
+        yield t, x_t, scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
         noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)
-        x_t = scheduler.step(noise_pred, t, x_t, t_prev, eta, noise)
+        x_t = scheduler.step(x_t, t, noise_pred, t_prev, eta, noise)
     yield -1, x_t, x_t
 
 
-def sample(model: torch.nn.Module, scheduler: NoiseScheduler, args: argparse.Namespace) -> Tensor:
-    """Draw --num-samples images in chunks, uint8 [N, 28, 28]; the same seed starts from the same noise every time."""
-    device = scheduler.betas.device
-    generator = generator_for("sampling", args.seed, device)
-    timesteps = sampling_timesteps(scheduler.num_timesteps, args.sample_steps)
-    sizes = [min(SAMPLE_CHUNK, args.num_samples - i) for i in range(0, args.num_samples, SAMPLE_CHUNK)]
-    chunks = []
-    with bar(args, total=len(sizes) * len(timesteps), desc="sampling", unit="step", leave=False) as sampling_bar:
-        for size in sizes:
-            x_T = torch.randn(size, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator, device=device)
-            for t, x_t, _ in denoise(model, scheduler, x_T, timesteps, args.eta, args.guidance, generator):
-                sampling_bar.update(t >= 0)
-            chunks.append(to_uint8(x_t))
-    return torch.cat(chunks)
+def sample(
+    model: UNet,
+    scheduler: NoiseScheduler,
+    num_samples: int | None = None,
+    labels: Sequence[int] | Tensor | None = None,
+    num_steps: int = SAMPLE_STEPS,
+    eta: float = 1.0,
+    guidance: float = GUIDANCE,
+    seed: int = 0,
+) -> Tensor:
+    """Draw images, uint8 [N, C, H, W]. The same seed starts from the same noise every time.
 
+    Without labels, a model that has classes draws them in turn. (Its "no label" row has learned
+    from few images, those whose labels were dropped: it is there for guidance, and draws badly.)
 
-# ------------------------------------------------------------------------------------------------------------------------
-# The optimiser of the convolutions; nothing here is about diffusion, and AdamW would do, given more time
-# ------------------------------------------------------------------------------------------------------------------------
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T for a matrix U S V^T (its singular value decomposition): the same directions, all equally long.
-
-    Divided by its norm, a matrix X has singular values between 0 and 1. The odd polynomial a X + b (X X^T) X + c (X X^T)^2 X
-    turns each of them, s, into a s + b s^3 + c s^5. Five rounds bring all but the smallest to 0.7 ... 1.2, near enough to 1
-    (Newton-Schulz; coefficients from Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
-
-    Each round multiplies X from the left by a polynomial P in X X^T. As X X^T is small and X may be wide, the five P are
-    computed and multiplied from X X^T alone (the next X X^T is P X X^T P), and X is multiplied once, at the end.
+    Args:
+        num_samples: how many; as many as labels if those are given, else about 100, in full rows.
+        labels: what to draw, whole numbers from 0 to the model's num_classes - 1.
+        num_steps, eta, guidance: see `denoise`.
     """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # X X^T is then the smaller of the two products
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + 1e-7)
-    gram = x @ x.T
-    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    factor = identity
-    for _ in range(5):
-        polynomial = a * identity + b * gram + c * gram @ gram
-        factor = polynomial @ factor
-        gram = polynomial @ gram @ polynomial
-    return factor @ x
+    device, classes = scheduler.betas.device, model.num_classes
+    if labels is None:
+        columns = classes or 10
+        num_samples = num_samples or columns * max(1, NUM_SAMPLES // columns)
+        labels = torch.arange(num_samples, device=device) % classes if classes else None
+    else:
+        if classes is None:
+            raise ValueError("labels (--labels): this model was trained without labels")
+        labels = torch.as_tensor(labels, device=device).reshape(-1)
+        if labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all():
+            raise ValueError(f"labels (--labels) must be whole numbers from 0 to {classes - 1}")
+        if num_samples not in (None, len(labels)):
+            raise ValueError(
+                f"num_samples (--num-samples) is {num_samples} for {len(labels)} labels"
+            )
+        num_samples = len(labels)
+    generator = generator_for("sampling", seed, device)
+    images = []
+    for i in progress_bar(range(0, num_samples, CHUNK), "sampling"):
+        size = min(CHUNK, num_samples - i)
+        x_T = torch.randn(size, *model.image_shape, generator=generator, device=device)
+        y = None if labels is None else labels[i : i + size].long()
+        for _, x_t, _ in denoise(model, scheduler, x_T, y, num_steps, eta, guidance, generator):
+            pass  # to the last, which is x_0
+        images.append(to_uint8(x_t))
+    return torch.cat(images)
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonalised (Jordan et al. 2024), for the weights of convolutions, [out, in, k, k].
+# --------------------------------------------------------------------------------------------------
+# Files. (Nothing from here on is needed to understand diffusion.)
+# --------------------------------------------------------------------------------------------------
 
-    Such a weight is the matrix, [out, in * k * k], that takes the pixels it looks at to its output channels. A gradient
-    mostly consists of a few directions that many images share (its large singular values); steps along it learn those and
-    little else. An orthogonalised step goes equally far in every direction. It is made about as large as AdamW's, so that
-    one learning rate fits both (Liu et al. 2025, Muon is Scalable for LLM Training, arXiv:2502.16982, eq. 4).
-
-    There is no weight decay. (torch.optim.Muon takes matrices alone, and calculates in bfloat16, which most CPUs have to
-    emulate. Linear layers could have Muon too, but gain nothing from it here: benchmarks/RESULTS.md.)
-    """
-
-    def __init__(self, params: list[Tensor], lr: float, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov: as if this gradient came once more
-                matrix = ahead.flatten(1)  # [out, in, k, k] -> [out, in * k * k]
-                size = 0.2 * math.sqrt(max(matrix.shape))  # a root mean square of 0.2, as AdamW's steps have
-                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=group["lr"] * size)
+MAX_LABEL = 9999  # every label up to the largest has a row in the network
+CHECKPOINT_FORMAT = "diffusion 4"  # changes when earlier files no longer fit
+# What a resumed run takes from its checkpoint. KEPT settings may not change.
+KEPT = "dataset batch_size optimizer lr timesteps schedule base_channels label_dropout seed".split()
+CHANGEABLE = "epochs sample_every num_samples sample_steps eta guidance data_dir".split()
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------------------
-
-CHECKPOINT_FORMAT = "diffusion-mnist 3"  # counts up when earlier files no longer fit
-# What decides the weights and the pictures; a resumed run must have the same.
-SETTINGS = (
-    "dataset",
-    "batch_size",
-    "lr",
-    "timesteps",
-    "schedule",
-    "base_channels",
-    "seed",
-    "sample_every",
-    "num_samples",
-    "sample_steps",
-    "eta",
-    "guidance",
-)
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: beside it, out to the disk, then in its place."""
-    temporary = path.with_name(path.name + ".tmp")
+@contextlib.contextmanager
+def explained(path: Path, problem: str, remedy: str, kind: type = OSError) -> Iterator[None]:
+    """Whatever goes wrong in this block becomes one sentence that names file, cause and remedy."""
     try:
+        yield
+    except PermissionError as error:
+        raise kind(f"{path} is not yours to use ({error.strerror}). Name another one") from None
+    except Exception as error:  # libraries raise anything from KeyError to zlib.error
+        raise kind(f"{path} {problem} ({one_line(error)}). {remedy}") from None
+
+
+def load_images(dataset: str = "MNIST", data_dir: str | Path = HERE / "data") -> list[tuple]:
+    """The training split and the held-out split: images, uint8 [N, C, H, W], and labels, int64 [N].
+
+    Args:
+        dataset: MNIST, FashionMNIST or KMNIST; or an .npz file with an array `images`, uint8
+            [N, H, W] or [N, H, W, 3], and perhaps `labels` (else None), whole numbers from 0.
+        data_dir: where the published sets are. What is missing is downloaded.
+    """
+    if dataset not in IDX_SETS:
+        return read_npz(Path(dataset).expanduser())
+    published, folder = getattr(datasets, dataset), Path(data_dir).expanduser() / dataset / "raw"
+    arrays = []
+    for filename, md5 in published.resources:  # images and labels, then those of the held-out split
+        path, unpacked = folder / filename, folder / Path(filename).stem
+        if not path.exists() and not unpacked.exists():
+            download(published.mirrors, path, md5)
+        arrays.append(read_idx(path if path.exists() else unpacked))
+    return [to_tensors(folder, *arrays[:2]), to_tensors(folder, *arrays[2:])]
+
+
+def read_idx(path: Path) -> np.ndarray:
+    """An idx file, packed or not: 0, 0, 8 (for uint8), how many axes, their sizes, the data."""
+    remedy = "Put the published file in its place, or delete it and run again with a network"
+    with explained(path, "is damaged", remedy):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            content = bytearray(file.read())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin like an idx file")
+        shape = np.frombuffer(content, ">u4", content[3], offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def download(mirrors: list[str], path: Path, md5: str) -> None:
+    """Fetch a file from the first of the published addresses that gives the right one."""
+    remedy = "Put the published file there, or name another --data-dir"
+    with explained(path, "is missing, and its folder cannot be written to", remedy):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        fail(
-            f"cannot write {path}: {error.strerror}. Make room or choose another folder; what was there is untouched.",
-            code=1,
-        )
+        folder = tempfile.TemporaryDirectory(dir=path.parent)  # nobody shall meet half a file
+    causes = []
+    with folder:
+        for address in (mirror + path.name for mirror in mirrors):
+            try:
+                datasets.utils.download_url(address, folder.name, path.name, md5)
+                return os.replace(Path(folder.name) / path.name, path)
+            except Exception as error:  # of many kinds, from URLError to RuntimeError
+                causes.append(f"{address}: {one_line(error)}")
+    raise OSError(
+        f"{path} is missing, and no address gave it ({'; '.join(causes)}). Put the published file "
+        "there, or run again with a network"
+    )
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a state as `Run.state_dict` gives it."""
-    content = io.BytesIO()
-    torch.save(state, content)
-    write_file(path, content.getvalue())
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint. It can only hold tensors and plain values: a file from a stranger cannot run code."""
+def read_npz(path: Path) -> list[tuple[Tensor, Tensor | None]]:
+    """Both splits of an .npz file; the last 5 % of the images are held out if there is but one."""
     if not path.is_file():
-        fail(f"no checkpoint at {path}. Train one first, without --resume or --sample-only.", code=2)
+        raise FileNotFoundError(f"argument --dataset: there is no file {path}")
+    with explained(path, "cannot be read", "Write it with numpy.savez, from plain arrays"):
+        with np.load(path, allow_pickle=False) as file:
+            names = [name for name in ("images", "train_images", "x_train") if name in file][:1]
+            names += [name for name in ("test_images", "x_test") if names and name in file][:1]
+            labels = [name.replace("images", "labels").replace("x_", "y_") for name in names]
+            arrays = [(file[x], file[y] if y in file else None) for x, y in zip(names, labels)]
+    if not arrays:
+        raise ValueError(f"{path}: there is no array called images (or train_images, x_train)")
+    splits = [to_tensors(path, *pair) for pair in arrays]
+    if len(splits) == 1:
+        cut = len(splits[0][0]) * 19 // 20
+        parts = (slice(None, cut), slice(cut, None))
+        splits = [tuple(x if x is None else x[part] for x in splits[0]) for part in parts]
+    (images, labels), (test_images, test_labels) = splits
+    if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
+        raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
+    return splits
+
+
+def to_tensors(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple:
+    """Images, checked, as a view uint8 [N, C, H, W] of the same memory; labels as int64 [N]."""
+    found = f"not {images.dtype} {list(images.shape)}"
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 1 or 3], {found}")
+    if not images.size or images.shape[1] % 4 or images.shape[2] % 4:
+        problem = "there must be images, and 4 must divide their height and width"
+        raise ValueError(f"{path}: {problem}, {found}. Pad or resize them")
+    if labels is not None:
+        labels = labels.reshape(-1) if labels.shape[1:] == (1,) else labels
+        good = labels.dtype.kind in "iuf" and labels.shape == (len(images),)
+        if not good or ((labels % 1 != 0) | (labels < 0) | (labels > MAX_LABEL)).any():
+            raise ValueError(
+                f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, one for each image"
+            )
+        labels = torch.from_numpy(labels.astype(np.int64))
+    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
+
+
+def to_arrays(images: Tensor) -> np.ndarray:
+    """The way back, as files hold images: uint8 [N, C, H, W] -> [N, H, W] or [N, H, W, 3]."""
+    array = images.permute(0, 2, 3, 1).cpu().numpy()
+    return array[..., 0] if array.shape[3] == 1 else array
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all (atomically): beside it, out to the disk, into its place."""
+    temporary = path.with_name(path.name[:50] + ".tmp")  # the name may be as long as names can be
+    remedy = "Make room or name another folder; what was there is untouched"
+    with explained(path, "cannot be written", remedy):
+        content = io.BytesIO()
+        write(content)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content.getbuffer())
+                file.flush()
+                os.fsync(file.fileno())
+            for _ in range(10 if os.name == "nt" else 0):  # a virus scanner may hold the file
+                with contextlib.suppress(PermissionError):
+                    return os.replace(temporary, path)
+                time.sleep(0.1)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def not_vital(path: Path) -> Iterator[Path]:
+    """Pictures and logs never end a run: if one cannot be made or written, one line says so."""
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # a checkpoint is a zip file; this compares its check sums
-        state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # torch.load raises anything from KeyError to UnpicklingError on a foreign file
-        state = None
-    if not isinstance(state, dict) or state.get("format") != CHECKPOINT_FORMAT:
-        fail(f"{path} is damaged, or no checkpoint that this version of the program wrote. Name another one.", code=1)
-    return state
-
-
-def keep_earlier_checkpoint(path: Path) -> None:
-    """Move an earlier run's checkpoint to the first free numbered name and say so: a new run never overwrites one."""
-    if path.exists():
-        numbered = (path.with_name(f"{path.stem}_{i}{path.suffix}") for i in itertools.count(1))
-        kept = next(name for name in numbered if not name.exists())
-        path.rename(kept)
-        print(f"{path} is from an earlier run: kept as {kept.name}")
+        yield path
+    except Exception as error:
+        say(f"warning: no {path.name}: {one_line(error)}", sys.stderr)
 
 
 def write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
+    """A table with commas, as spreadsheets read it."""
+    with not_vital(path):
+        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        write_file(path, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
 
 
-# ------------------------------------------------------------------------------------------------------------------------
-# Pictures; nothing here is needed to understand diffusion, but looking at them helps
-# ------------------------------------------------------------------------------------------------------------------------
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Write a dict of tensors and plain values."""
+    write_file(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
 
 
-def save_figure(path: Path, figure: Figure) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=120)
-    write_file(path, content.getvalue())
+def load_checkpoint(path: Path) -> dict:
+    """Read what `save_checkpoint` wrote. A file from a stranger cannot run code."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}. Train first, or name another one")
+    with explained(path, "is damaged or no checkpoint", "Name another one"):
+        with zipfile.ZipFile(path) as file:  # as which a checkpoint is written, with check sums
+            if file.testzip():
+                raise ValueError("a check sum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError("it is of another version of this program")
+    return state
 
 
-def show_images(axes: Axes, images: Tensor, column_labels: list[str], row_labels: list[str]) -> None:
-    """Draw uint8 images [rows, columns, 28, 28] with a label under each column and beside each row."""
-    rows, columns, size, _ = images.shape
-    grid = make_grid(images.reshape(-1, 1, size, size), nrow=columns, padding=2)[0]
-    axes.imshow(grid.cpu().numpy(), cmap="gray", vmin=0, vmax=255)
-    centre = 2 + size / 2
-    axes.set_xticks([centre + i * (size + 2) for i in range(columns)], column_labels)
-    axes.set_yticks([centre + i * (size + 2) for i in range(rows)], row_labels)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+def load_model(
+    path: str | Path = HERE / "pretrained.pt", device: torch.device | str = "cpu"
+) -> tuple[UNet, NoiseScheduler]:
+    """The averaged network in a checkpoint (by default the repository's own), and its schedule."""
+    path = Path(path).expanduser()
+    state = load_checkpoint(path)
+    with explained(path, "holds another network than this program's", "Name another one"):
+        scheduler = NoiseScheduler(**state["scheduler"]).to(device)
+        model = UNet(scheduler, **state["unet"])
+        model.load_state_dict(state["ema"])
+    return model.to(device, memory_format=memory_format(device)).eval(), scheduler
 
 
-def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor, num_timesteps: int) -> None:
-    """Loss by epoch, from the log, and by timestep, from the last look at the held-out images (t and losses [N])."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    by_epoch, by_timestep = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    by_epoch.plot(epochs, [row["train_loss"] for row in rows], marker="o", label="training, mean of the epoch")
-    by_epoch.plot(epochs, [row["val_loss"] for row in rows], marker="o", label="held-out images, averaged weights")
-    by_epoch.set(xlabel="epoch", ylabel="mean squared error of the predicted noise", yscale="log", title="Loss")
-    by_epoch.xaxis.get_major_locator().set_params(integer=True)
-    by_epoch.legend()
+def keep_earlier_checkpoint(path: Path) -> None:
+    """Move an earlier run's checkpoint to the first free numbered name: none is overwritten."""
+    number, kept = 0, path
+    while kept.exists():
+        number += 1
+        kept = path.with_name(f"{path.stem}_{number}{path.suffix}")
+    if number:
+        path.rename(kept)
+        say(f"{path} is from an earlier run: kept as {kept.name}")
 
-    num_bins = min(10, num_timesteps)
-    edges = torch.linspace(0, num_timesteps, num_bins + 1)
-    bins = torch.bucketize(t.float(), edges[1:-1], right=True)
-    means = [losses[bins == i].mean().item() for i in range(num_bins)]
-    by_timestep.bar(edges[:-1], means, width=edges.diff(), align="edge", edgecolor="white")
-    by_timestep.set(
-        xlabel="timestep t (0: almost clean, right: pure noise)",
-        ylabel="mean squared error of the predicted noise",
-        yscale="log",
-        title=f"Held-out loss by timestep after epoch {epochs[-1]}",
-    )
-    save_figure(path, figure)
+
+# --------------------------------------------------------------------------------------------------
+# Processes, devices, signals, messages
+# --------------------------------------------------------------------------------------------------
+
+
+def torchrun_variables() -> tuple[int, int, int]:
+    """The number of this process, that on this machine, and how many there are; 0, 0, 1 if alone.
+
+    torchrun sets all of these variables. One that is left over from elsewhere means nothing.
+    """
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
+    values = [os.environ.get(name) for name in names]
+    return tuple(map(int, values[:3])) if all(values) else (0, 0, 1)
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, put in its place. All of them wait here for the last."""
+    if torchrun_variables()[2] > 1:
+        # Kept until the next one: if a thread of gloo's were the last to hold it, that thread would
+        # need Python to free it, which at the end of the program hangs or aborts the process.
+        sum_over_processes.kept = tensor
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError:  # the connection is closed
+            raise OSError("another process has ended; see what it said") from None
+    return tensor
+
+
+def average_over_processes(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, in one message for all of them."""
+    num_processes = torchrun_variables()[2]
+    if num_processes > 1:
+        means = sum_over_processes(torch.cat([x.flatten() for x in tensors])) / num_processes
+        for tensor, mean in zip(tensors, means.split([x.numel() for x in tensors])):
+            tensor.copy_(mean.view(tensor.shape))
+
+
+def any_process(flag: object, device: torch.device) -> bool:
+    """Whether `flag` is true in any process."""
+    if torchrun_variables()[2] == 1:  # and no GPU has to wait
+        return bool(flag)
+    return bool(sum_over_processes(torch.tensor(float(bool(flag)), device=device)))
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device of that name, tried out. "auto" is an NVIDIA GPU, else Apple's, else the CPU."""
+    _, local_rank, num_processes = torchrun_variables()
+    mps = torch.backends.mps.is_available() and num_processes == 1
+    auto = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
+    for candidate in auto if name == "auto" else [name]:
+        try:
+            device = torch.device(f"cuda:{local_rank}" if candidate == "cuda" else candidate)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+            if device.type == "mps" and num_processes > 1:
+                raise ValueError("it serves one process alone")
+            x = torch.ones(1, 1, 3, 3, device=device)
+            F.conv2d(x, x).item()  # a GPU may be too old for this PyTorch, taken, or broken
+            return device
+        except Exception as error:  # of many kinds
+            problem = f"argument --device: {candidate} cannot be used ({one_line(error)})"
+            if candidate in (name, "cpu") or num_processes > 1:  # each process needs its own
+                raise ValueError(f"{problem}. Try --device cpu") from None
+            say(f"{problem}; trying the next", sys.stderr)
+
+
+def memory_format(device: torch.device | str) -> torch.memory_format:
+    """Channels last is faster on CPUs and NVIDIA's GPUs; on Apple's it has had bugs."""
+    return torch.preserve_format if "mps" in str(device) else torch.channels_last
+
+
+@contextlib.contextmanager
+def heard_signals() -> Iterator[SimpleNamespace]:
+    """SIGINT (Ctrl-C), SIGTERM and SIGHUP in this block; yields what `train` needs of them.
+
+    While `deferred`, a signal is only noted in `received`, so that the loop can end its step and
+    save. A second one, or one at another time, raises KeyboardInterrupt. Several processes go on
+    deferring, since they have to leave together and torchrun repeats the signal.
+    """
+    signals = SimpleNamespace(received=[], deferred=False)
+
+    def handle(signum: int, frame: object) -> None:
+        signals.received.append(signum)
+        again = len(signals.received) > 1 and torchrun_variables()[2] == 1
+        if again or not signals.deferred:
+            raise KeyboardInterrupt(signum)
+
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        heard.append(signal.SIGHUP)  # Windows has none, and nohup ignores it
+    in_main = threading.current_thread() is threading.main_thread()  # else no handler may be set
+    before = {signum: signal.signal(signum, handle) for signum in heard if in_main}
+    try:
+        yield signals
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def stop_if_not_finite(losses: Tensor, first_step: int, path: Path) -> None:
+    """End the run at a loss that is infinite or no number: nothing is learned after that."""
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        problem = f"the loss is not finite at step {first_step + bad[0] + 1}. Try a lower --lr"
+        raise ArithmeticError(f"{problem}. {path} holds the last good state")
+
+
+def say(message: str, stream: TextIO | None = None) -> None:
+    """Print a line at once. A full disk, a closed pipe or a missing letter never ends a run."""
+    if stream is None and torchrun_variables()[0] > 0:
+        return  # the first process speaks for all, except of errors
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    message = message.encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        print(message, file=stream, flush=True)
+    except (OSError, ValueError):
+        with contextlib.suppress(Exception):  # else what is left in the stream fails again at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def one_line(error: Exception) -> str:
+    """What an exception says, in one line."""
+    text = getattr(error, "strerror", None) or str(error)
+    return " ".join(text.split()).rstrip(".:") or type(error).__name__
+
+
+def progress_bar(items: Sequence, title: str) -> tqdm:
+    """The items, with a bar in the first process; with none where there is no terminal."""
+    hidden = True if torchrun_variables()[0] > 0 or not sys.stderr else None
+    return tqdm(items, desc=title, leave=False, disable=hidden)
+
+
+def command_line(*options: object) -> str:
+    """What to type to call this program again, as this system's shell reads it."""
+    num_processes = torchrun_variables()[2]
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    script = sys.argv[0] if __name__ == "__main__" else __file__
+    words = [sys.executable, *(launcher if num_processes > 1 else []), script, *map(str, options)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures. (They help to understand diffusion; how they are drawn does not.)
+# --------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
+    """A figure of so many inches to draw on, with matplotlib's own settings; a PNG in the end."""
+    with not_vital(path), matplotlib.style.context("default"):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
+        write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+
+
+def draw_images(
+    path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str
+) -> None:
+    """Draw uint8 images [rows, columns, C, H, W] with a label for every row and column."""
+    height, width = images.shape[-2:]
+    grid = make_grid(images.flatten(0, 1), nrow=len(columns), padding=2)
+    with figure_at(path, 1.5 + 0.85 * len(columns), 1.2 + 0.85 * len(rows)) as figure:
+        axes = figure.subplots()
+        axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
+        axes.set_xticks([2 + width / 2 + i * (width + 2) for i in range(len(columns))], columns)
+        axes.set_yticks([2 + height / 2 + i * (height + 2) for i in range(len(rows))], rows)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title)
+
+
+def grid_image(images: Tensor, num_classes: int | None) -> Image.Image:
+    """uint8 images [N, C, H, W] as one picture: a column for every class, or ten."""
+    grid = make_grid(images.cpu(), nrow=num_classes or 10, padding=2)
+    return Image.fromarray(grid.permute(1, 2, 0).numpy())
+
+
+def draw_progress(path: Path, strips: list[tuple[int, Tensor]]) -> None:
+    """The first images of every sample grid: the same noise, ever better weights."""
+    images = torch.stack([strip for _, strip in strips])
+    rows, columns = [f"epoch {epoch}" for epoch, _ in strips], [""] * images.shape[1]
+    draw_images(path, images, rows, columns, "Samples from the same noise")
+
+
+def draw_loss_curve(
+    path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor, num_timesteps: int
+) -> None:
+    """Loss by epoch, from the log, and by timestep, from the held-out images: t and losses [N]."""
+    with figure_at(path, 11, 4) as figure:
+        by_epoch, by_timestep = figure.subplots(1, 2)
+        epochs = [row["epoch"] for row in rows]
+        for key, label in (("train_loss", "training"), ("val_loss", "held-out, averaged weights")):
+            by_epoch.plot(epochs, [row[key] for row in rows], marker="o", label=label)
+        by_epoch.set(xlabel="epoch", title="Loss")
+        by_epoch.xaxis.get_major_locator().set_params(integer=True)
+        by_epoch.legend()
+        edges = np.linspace(0, num_timesteps, min(10, num_timesteps) + 1)
+        bins = torch.bucketize(t.cpu(), torch.tensor(edges[1:-1]), right=True)
+        means = [losses.cpu()[bins == i].mean().item() for i in range(len(edges) - 1)]
+        by_timestep.bar(edges[:-1], means, np.diff(edges), align="edge", edgecolor="white")
+        by_timestep.set(xlabel="timestep t", title=f"Held-out loss by t, after epoch {epochs[-1]}")
+        for axes in (by_epoch, by_timestep):
+            axes.set(ylabel="mean squared error of the predicted noise", yscale="log")
 
 
 def draw_noise_schedule(path: Path, num_timesteps: int) -> None:
     """alpha-bar, beta and the signal-to-noise ratio over t, for both schedules."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
-    left, betas, snr = figure.subplots(1, 3)
-    for schedule in ("cosine", "linear"):
-        scheduler = NoiseScheduler(num_timesteps, schedule)
-        alpha_bar = scheduler.alphas_cumprod
-        left.plot(alpha_bar, label=schedule)
-        betas.plot(scheduler.betas, label=schedule)
-        snr.plot((alpha_bar / (1 - alpha_bar)).log10(), label=schedule)
-    left.set(title="signal left: alpha-bar", xlabel="timestep t", ylabel="weight of x_0 in x_t, squared")
-    betas.set(title="noise per step: beta", xlabel="timestep t", ylabel="variance added by step t", yscale="log")
-    snr.set(title="signal-to-noise ratio", xlabel="timestep t", ylabel="log10(alpha-bar / (1 - alpha-bar))")
-    left.legend()
-    save_figure(path, figure)
+    with figure_at(path, 13, 3.6) as figure:
+        panels = figure.subplots(1, 3)
+        for schedule in ("cosine", "linear"):
+            scheduler = NoiseScheduler(num_timesteps, schedule)
+            alpha_bar = scheduler.alphas_cumprod
+            curves = (alpha_bar, scheduler.betas, (alpha_bar / (1 - alpha_bar)).log10())
+            for axes, curve in zip(panels, curves):
+                axes.plot(curve.numpy(), label=schedule)
+                axes.set_xlabel("timestep t")
+        panels[0].set(title="signal left: alpha-bar", ylabel="weight of x_0 in x_t, squared")
+        panels[1].set(title="noise per step: beta", ylabel="variance added", yscale="log")
+        panels[2].set(title="signal-to-noise ratio", ylabel="log10(alpha-bar / (1 - alpha-bar))")
+        panels[0].legend()
 
 
 def draw_forward_process(path: Path, scheduler: NoiseScheduler, images: Tensor, seed: int) -> None:
-    """A few digits on their way from x_0 to pure noise: q(x_t | x_0) at ten timesteps."""
-    x_0 = to_model(images)
-    noise = torch.randn(x_0.shape, generator=generator_for("forward process", seed, x_0.device), device=x_0.device)
+    """uint8 images [N, C, H, W] on their way to pure noise: q(x_t | x_0) at ten timesteps."""
+    x_0, device = to_model(images), images.device
+    generator = generator_for("forward process", seed, device)
+    noise = torch.randn(x_0.shape, generator=generator, device=device)
     timesteps = torch.linspace(0, scheduler.num_timesteps - 1, 10).long().tolist()
-    columns = [images] + [to_uint8(scheduler.add_noise(x_0, t, noise)[0]) for t in timesteps]
-    ratios = [(a / (1 - a)).item() for a in scheduler.alphas_cumprod[timesteps]]
-    labels = ["x_0"] + [f"t = {t}\nSNR {ratio:.2g}" for t, ratio in zip(timesteps, ratios)]
-    figure = Figure(figsize=(11, 1 + len(images)), layout="constrained")
-    axes = figure.subplots()
-    show_images(axes, torch.stack(columns, dim=1), labels, [""] * len(images))
-    axes.set_title(
-        f"Forward process: x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise ({scheduler.schedule} schedule)"
-    )
-    save_figure(path, figure)
+    columns = [images, *(to_uint8(scheduler.add_noise(x_0, t, noise)[0]) for t in timesteps)]
+    snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[timesteps].tolist()
+    labels = ["x_0", *(f"t = {t}\nSNR {ratio:.2g}" for t, ratio in zip(timesteps, snr))]
+    title = "Forward process: x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise"
+    draw_images(path, torch.stack(columns, dim=1), [""] * len(images), labels, title)
 
 
-def draw_denoising(run: Run) -> None:
+def draw_denoising(
+    folder: Path, model: UNet, scheduler: NoiseScheduler, seed: int, options: dict
+) -> None:
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
-    args, device = run.args, run.scheduler.betas.device
-    generator = generator_for("denoising pictures", args.seed, device)
-    x_T = torch.randn(32, 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator, device=device)
-    timesteps = sampling_timesteps(args.timesteps, args.sample_steps)
-    path = [
-        (t, to_uint8(x_t).cpu(), to_uint8(x_0_pred).cpu())
-        for t, x_t, x_0_pred in denoise(run.ema.module, run.scheduler, x_T, timesteps, args.eta, args.guidance, generator)
+    device = scheduler.betas.device
+    generator = generator_for("denoising pictures", seed, device)
+    x_T = torch.randn(40, *model.image_shape, generator=generator, device=device)
+    labels = torch.arange(40, device=device) % model.num_classes if model.num_classes else None
+    options = {**options, "generator": generator}
+    way = [
+        (t, to_uint8(x_t).cpu(), to_uint8(x_0).cpu())
+        for t, x_t, x_0 in denoise(model, scheduler, x_T, labels, **options)
     ]
-    shown = [path[round(i * (len(path) - 1) / 10)] for i in range(11)]
-    columns = torch.stack([torch.stack([x_t[:4], x_0_pred[:4]], dim=1).flatten(0, 1) for _, x_t, x_0_pred in shown], dim=1)
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
-    axes = figure.subplots()
-    show_images(axes, columns, [f"t = {t}" if t >= 0 else "result" for t, _, _ in shown], ["x_t", "predicted x_0"] * 4)
-    axes.set_title(f"Reverse process: from noise to digits in {args.sample_steps} steps")
-    save_figure(args.output_dir / "denoising.png", figure)
-
-    every = math.ceil(len(path) / 50)  # at most about 50 frames
-    frames = [
-        make_grid(x_t.unsqueeze(1), nrow=8)[0].repeat_interleave(2, 0).repeat_interleave(2, 1)
-        for _, x_t, _ in path[::-every][::-1]
-    ]
-    first, *rest = [Image.fromarray((frame // 16 * 17).numpy()) for frame in frames]  # 16 greys keep the file small
-    content = io.BytesIO()
-    first.save(content, "GIF", save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
-    write_file(args.output_dir / "denoising.gif", content.getvalue())
+    shown = [way[round(i * (len(way) - 1) / 10)] for i in range(11)]
+    pairs = [torch.stack([x_t[:4], x_0[:4]], dim=1).flatten(0, 1) for _, x_t, x_0 in shown]
+    columns = [f"t = {t}" if t >= 0 else "result" for t, _, _ in shown]
+    rows, title = ["x_t", "predicted x_0"] * 4, f"Reverse process, in {len(way) - 1} steps"
+    draw_images(folder / "denoising.png", torch.stack(pairs, dim=1), rows, columns, title)
+    with not_vital(folder / "denoising.gif"):
+        frames = []
+        for _, x_t, _ in way[:: -math.ceil(len(way) / 50)]:  # at most 50, the result among them
+            frame = grid_image(x_t // 16 * 17, 10)  # 16 grays, for a smaller file
+            frames.insert(0, ImageOps.scale(frame, 2, Image.Resampling.NEAREST))
+        times = [80] * (len(frames) - 1) + [2500]  # milliseconds
+        gif = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
+        write_file(folder / "denoising.gif", lambda file: frames[0].save(file, "GIF", **gif))
 
 
-def draw_progress(path: Path, strips: list[tuple[int, Tensor]]) -> None:
-    """The first digits of every sample grid, one row an epoch: the same noise, ever better weights."""
-    images = torch.stack([strip for _, strip in strips])
-    figure = Figure(figsize=(6, 0.5 + 0.75 * len(strips)), layout="constrained")
-    axes = figure.subplots()
-    show_images(axes, images, [""] * images.shape[1], [f"epoch {epoch}" for epoch, _ in strips])
-    axes.set_title("Samples from the same noise")
-    save_figure(path, figure)
-
-
-def save_grid(path: Path, images: Tensor) -> None:
-    """Write uint8 images [N, 28, 28] as one square grid."""
-    content = io.BytesIO()
-    columns = math.ceil(math.sqrt(len(images)))
-    save_image(images.unsqueeze(1).float() / 255, content, format="png", nrow=columns)
-    write_file(path, content.getvalue())
-
-
-# ------------------------------------------------------------------------------------------------------------------------
-# Options and the program
-# ------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
+    """argparse, but an error is an exception and no exit."""
+
     def error(self, message: str) -> NoReturn:
-        fail(f"{message} (--help explains every option)", code=2)  # argparse would print all options first
+        raise ValueError(f"{message} (--help explains every option)")
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text}")
-    return int(text)
+def number(kind: type, low: float, high: float) -> Callable[[str], float]:
+    """An option's type: a number from low to high, a whole one if kind is int."""
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        noun = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {noun} from {low:g} to {high:g}, not {text}")
+
+    return parse
 
 
-def to_float(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, not {text}") from None
+def home_path(text: str) -> Path:
+    """An option's type: a path, in which ~ stands for the home folder."""
+    return Path(os.path.expanduser(text))
 
 
-def positive_float(text: str) -> float:
-    value = to_float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, not {text}")
-    return value
-
-
-def nonnegative_float(text: str) -> float:
-    value = to_float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 up, not {text}")
-    return value
-
-
-def unit_float(text: str) -> float:
-    value = to_float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, not {text}")
-    return value
+def source(text: str) -> str:
+    """An option's type: a published set, or a path that stays right in another folder."""
+    return text if text in IDX_SETS else os.path.abspath(os.path.expanduser(text))
 
 
 def make_parser() -> Parser:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = Parser(description="Train a diffusion model on MNIST and draw digits with it.", formatter_class=formatter)
-    more_epochs = "passes over the images; the learning rate falls to 0 at the last, so --resume with more raises it again"
-    checkpoint = "for --sample-only; if not given, OUTPUT_DIR/checkpoint.pt, else pretrained.pt beside this file"
-    output = "for --sample-only: .png, a grid, or .npy, uint8 [N, 28, 28]; if not given, OUTPUT_DIR/samples.png"
+    commands, _, _ = __doc__.partition("or, from Python")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=commands, formatter_class=formatter, allow_abbrev=False)
+    count = number(int, 1, 10**6)
 
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, default=15, help=more_epochs)
-    add("--batch-size", type=positive_int, default=64, help="images per step, all processes together")
-    add("--lr", type=positive_float, default=0.005, help="highest learning rate (Muon, AdamW)")
-    add("--timesteps", type=positive_int, default=1000, help="T, steps of the forward process")
-    add("--schedule", choices=["cosine", "linear"], default="cosine", help="how the noise grows with t")
-    add("--base-channels", type=positive_int, default=48, help="width of the U-Net, a multiple of 24")
-    add("--max-steps", type=positive_int, metavar="N", help="stop after N optimiser steps in all, and end as usual")
-    add("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint.pt; repeat the other options of that run")
-    add("--save-every-minutes", type=positive_float, default=5.0, help="minutes between checkpoints within an epoch")
+    sets = f"{', '.join(IDX_SETS)}, or an .npz file (%(default)s)"
+    add("--dataset", type=source, default="MNIST", help=sets)
+    add("--epochs", type=count, default=10, help="passes over the images (%(default)s)")
+    add("--batch-size", type=count, default=64, help="images a step, in all (%(default)s)")
+    add("--optimizer", choices=list(LEARNING_RATES), default="muon", help="(%(default)s)")
+    add("--lr", type=number(float, 1e-9, 1e9), help=f"highest learning rate ({LEARNING_RATES})")
+    add("--timesteps", type=number(int, 2, 10**5), default=1000, help="T (%(default)s)")
+    add("--schedule", choices=["cosine", "linear"], default="cosine", help="(%(default)s)")
+    add("--base-channels", type=count, default=48, help="width, a multiple of 24 (%(default)s)")
+    dropout = "share of labels that training drops; 1: all, for a plain model (%(default)s)"
+    add("--label-dropout", type=number(float, 0, 1), default=0.1, help=dropout)
+    add("--max-steps", type=count, metavar="N", help="end early, after N steps in all")
+    add("--resume", action="store_true", help="go on with OUTPUT_DIR/checkpoint.pt as it was")
 
     add = parser.add_argument_group("sampling").add_argument
-    add("--sample-every", type=positive_int, default=5, help="epochs between sample grids")
-    add("--num-samples", type=positive_int, default=64, help="images to draw")
-    add("--sample-steps", type=positive_int, default=32, help="steps from noise to image, at most --timesteps")
-    add("--eta", type=unit_float, default=1.0, help="fresh noise in each step back, 0 to 1: 0 is DDIM, 1 as much as DDPM")
-    add(
-        "--guidance",
-        type=nonnegative_float,
-        default=2.0,
-        help="how far to steer away from the network's own mistakes; 0 is off",
-    )
-    add("--sample-only", action="store_true", help="no training: draw with --checkpoint and write --output")
-    add("--checkpoint", type=Path, help=checkpoint)
-    add("--output", type=Path, help=output)
+    add("--sample-every", type=count, default=5, help="epochs between grids (%(default)s)")
+    add("--num-samples", type=count, help=f"images to draw (about {NUM_SAMPLES}: full rows)")
+    add("--sample-steps", type=count, default=SAMPLE_STEPS, help="steps to an image (%(default)s)")
+    add("--eta", type=number(float, 0, 1), default=1.0, help="0: DDIM, 1: DDPM (%(default)s)")
+    guidance = "strength of classifier-free guidance, 0: off (%(default)s)"
+    add("--guidance", type=number(float, 0, 1e3), default=GUIDANCE, help=guidance)
+    add("--sample-only", action="store_true", help="no training: draw with a trained network")
+    labels = "what to draw, with --sample-only (every class in turn)"
+    add("--labels", type=int, nargs="+", help=labels)
+    checkpoint = "with --sample-only (OUTPUT_DIR/checkpoint.pt, else pretrained.pt)"
+    add("--checkpoint", type=home_path, help=checkpoint)
+    output = "with --sample-only: .png, .npy or .npz (OUTPUT_DIR/samples.png)"
+    add("--output", type=home_path, help=output)
 
     add = parser.add_argument_group("where and how").add_argument
-    add("--dataset", choices=["MNIST", "FashionMNIST", "KMNIST"], default="MNIST", help="what to learn")
-    add("--data-dir", type=Path, default=HERE / "data", help="folder of the data sets; what is missing is downloaded")
-    add("--output-dir", type=Path, default=Path(), help="folder for all that a run writes; made if missing")
-    add("--seed", type=int, default=0, help="the same seed gives the same weights and pictures (on the same kind of CPU)")
-    add("--device", default="auto", help="cpu, cuda, mps, or auto: cuda, else mps, else cpu")
-    add("--quiet", action="store_true", help="no progress bars, no line per epoch")
+    add("--data-dir", type=source, help="of the published sets (data, beside this file)")
+    add("--output-dir", type=home_path, default=Path(), help="for what a run writes (%(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
 
 
-def parse_options(argv: list[str] | None = None) -> argparse.Namespace:
-    """The options, checked against each other."""
+def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options, checked against each other. A resumed run has its checkpoint's for defaults."""
     parser = make_parser()
     args = parser.parse_args(argv)
-    if args.base_channels % BASE_CHANNELS_FACTOR:
-        parser.error(f"argument --base-channels: must be a multiple of {BASE_CHANNELS_FACTOR}, not {args.base_channels}")
-    if args.timesteps < 2:
-        parser.error("argument --timesteps: must be at least 2")
-    if not 0 <= args.seed < 2**63:
-        parser.error(f"argument --seed: must be a whole number from 0 to 2^63 - 1, not {args.seed}")
-    if not args.sample_only and args.sample_steps > args.timesteps:
-        parser.error(f"argument --sample-steps: {args.sample_steps} is more than --timesteps {args.timesteps}")
-    if args.batch_size % WORLD_SIZE:
-        parser.error(f"argument --batch-size: {args.batch_size} images do not divide among {WORLD_SIZE} processes")
-    if args.sample_only and args.resume:
+    if args.resume and args.sample_only:
         parser.error("--sample-only and --resume exclude each other")
-    if not args.sample_only and (args.checkpoint or args.output):
-        parser.error("--checkpoint and --output need --sample-only")
+    if args.resume:
+        path = args.output_dir / "checkpoint.pt"
+        settings = load_checkpoint(path).get("settings")
+        if settings is None:
+            raise ValueError(f"--resume: {path} holds weights to draw with, not a run")
+        parser.set_defaults(**settings)
+        args = parser.parse_args(argv)  # what was typed wins, where it may
+        for name, old in settings.items():
+            new, option = getattr(args, name), f"--{name.replace('_', '-')}"
+            if name in KEPT and new != old:
+                parser.error(f"argument {option}: the run in {path} has {old}, not {new}")
+            if name == "epochs" and new < old:
+                parser.error(f"argument --epochs: the run in {path} has {old}; {new} are fewer")
+            if new != old:
+                say(f"resuming with {option} {new} (was {old})")
+
+    args.lr = args.lr or LEARNING_RATES[args.optimizer]
+    args.sampler = {"num_steps": args.sample_steps, "eta": args.eta, "guidance": args.guidance}
+    num_processes = torchrun_variables()[2]
+    if args.dataset not in IDX_SETS and not args.dataset.endswith(".npz"):
+        parser.error(f"argument --dataset: must be {', '.join(IDX_SETS)} or an .npz file")
+    if args.base_channels % BASE_CHANNELS_FACTOR:
+        parser.error(f"argument --base-channels: must be a multiple of {BASE_CHANNELS_FACTOR}")
+    if args.label_dropout == 0:
+        parser.error("argument --label-dropout: must be above 0, since guidance needs some dropped")
+    if args.sample_steps > args.timesteps and not args.sample_only:
+        parser.error(f"argument --sample-steps: {args.sample_steps} is more than --timesteps")
+    if args.batch_size % num_processes:
+        parser.error(f"argument --batch-size: must divide among {num_processes} processes")
+    if not args.sample_only and (args.labels or args.checkpoint or args.output):
+        parser.error("--labels, --checkpoint and --output need --sample-only")
     args.output = args.output or args.output_dir / "samples.png"
-    if args.output.suffix not in (".png", ".npy"):
-        parser.error(f"argument --output: must end in .png or .npy, not {args.output}")
+    if args.output.suffix not in (".png", ".npy", ".npz") or args.output.is_dir():
+        parser.error(f"argument --output: must be a .png, .npy or .npz file, not {args.output}")
     return args
-
-
-def choose_device(name: str) -> torch.device:
-    """The device that --device names, tried out."""
-    if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available() and WORLD_SIZE == 1
-            else "cpu"
-        )
-    if name == "cuda" and WORLD_SIZE > 1:
-        name = f"cuda:{LOCAL_RANK}"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except Exception as error:  # unknown name, no such GPU, or torch built without it: all of different types
-        reason = str(error).split("\n")[0]
-        fail(f"argument --device: {name} cannot be used here ({reason}). Try --device cpu.", code=2)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
-def state_to_resume(args: argparse.Namespace) -> dict:
-    """The content of checkpoint.pt, if it belongs to a run with these options."""
-    path = args.output_dir / "checkpoint.pt"
-    state = load_checkpoint(path)
-    if "optimizers" not in state:
-        fail(f"{path} holds weights to sample with, not a run to resume.", code=2)
-    differing = [
-        f"--{name.replace('_', '-')} {value} (now {getattr(args, name)})"
-        for name, value in state["settings"].items()
-        if value != getattr(args, name)
-    ]
-    if differing:
-        fail(
-            f"{path} was trained with other settings: {', '.join(differing)}. Resume with those, or start anew "
-            "without --resume.",
-            code=2,
-        )
-    return state
-
-
-def load_model(path: Path, device: torch.device) -> tuple[UNet, NoiseScheduler]:
-    """The averaged network in a checkpoint, and the schedule that it was trained with."""
-    state = load_checkpoint(path)
-    settings = state["settings"]
-    scheduler = NoiseScheduler(settings["timesteps"], settings["schedule"]).to(device)
-    model = UNet(scheduler, base_channels=settings["base_channels"]).to(device, memory_format=torch.channels_last).eval()
-    try:
-        model.load_state_dict(state["ema"])
-    except (KeyError, RuntimeError):
-        fail(f"{path} holds the weights of another network than this program's. Name another one.", code=1)
-    return model, scheduler
 
 
 def sample_only(args: argparse.Namespace, device: torch.device) -> None:
@@ -944,102 +1044,114 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     own = args.output_dir / "checkpoint.pt"
     path = args.checkpoint or (own if own.exists() else HERE / "pretrained.pt")
     model, scheduler = load_model(path, device)
-    if args.sample_steps > scheduler.num_timesteps:
-        fail(
-            f"argument --sample-steps: {args.sample_steps} is more than the {scheduler.num_timesteps} timesteps that "
-            f"{path} was trained with",
-            code=2,
-        )
     started = time.monotonic()
-    images = sample(model, scheduler, args)
+    images = sample(model, scheduler, args.num_samples, args.labels, seed=args.seed, **args.sampler)
     seconds = time.monotonic() - started
-    if args.output.suffix == ".npy":
-        content = io.BytesIO()
-        np.save(content, images.cpu().numpy())
-        write_file(args.output, content.getvalue())
-    else:
-        save_grid(args.output, images)
-    print(f"drew {len(images)} images with {path} in {seconds:.1f} s: {args.output}")
-
-
-def bar(args: argparse.Namespace, **options) -> tqdm:
-    """A progress bar in the first process; none with --quiet or where the output is no terminal."""
-    return tqdm(disable=True if args.quiet or RANK > 0 else None, **options)
-
-
-def resume_command() -> str:
-    """What to type to go on with this run."""
-    if WORLD_SIZE > 1:
-        return "the same torchrun command and --resume"
-    return shlex.join(["python", *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder and write to it now, rather than fail after an epoch of training."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        fail(f"cannot write to {folder} ({error.strerror}). Choose another --output-dir or --output.", code=2)
-
-
-def report(run: Run) -> None:
-    """What the run has left, and what to do with it."""
-    if run.args.quiet:
-        return
-    print(f"done: {run.step} steps, {run.seconds / 60:.1f} minutes of training. In {run.args.output_dir.resolve()}:")
-    print("  samples_epoch_*.png, samples_progress.png     the digits")
-    print("  denoising.gif, denoising.png                  how they come out of noise")
-    print("  forward_process.png, noise_schedule.png       how images become noise")
-    print("  loss_curve.png, train_log.csv                 how well the noise is predicted")
-    print("  checkpoint.pt, weights.pt                     to go on with; to draw with")
-    again = {
-        "--checkpoint": run.path,
-        "--sample-steps": run.args.sample_steps,
-        "--eta": run.args.eta,
-        "--guidance": run.args.guidance,
-        "--seed": run.args.seed + 1,
+    arrays = {"images": to_arrays(images)}
+    if model.num_classes:
+        arrays["labels"] = np.array(args.labels or np.arange(len(images)) % model.num_classes)
+    writers = {
+        ".png": lambda file: grid_image(images, model.num_classes).save(file, "PNG"),
+        ".npy": lambda file: np.save(file, arrays["images"]),
+        ".npz": lambda file: np.savez_compressed(file, **arrays),
     }
-    draw = [str(word) for option in again.items() for word in option]
-    print(f"Draw more: python train_diffusion.py --sample-only {shlex.join(draw)}")
-    longer = "more --epochs" if run.step == run.total_steps else "without --max-steps"
-    print(f"Train on:  the same command with --resume, {longer}")
+    write_file(args.output, writers[args.output.suffix])
+    say(f"drew {len(images)} images with {path} in {seconds:.1f} s: {args.output}")
 
 
-def main() -> None:
-    args = parse_options()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program, with these options or those of the command line.
+
+    Raises ValueError or FileNotFoundError for what was asked, OSError or ArithmeticError for what
+    broke, each with a sentence for the user; KeyboardInterrupt(signal number) when interrupted.
+    """
+    args = parse_options(argv)
     device = choose_device(args.device)
-    check_writable(args.output.parent if args.sample_only else args.output_dir)
-    if args.sample_only:
-        return sample_only(args, device) if RANK == 0 else None
-    state = state_to_resume(args) if args.resume else None
-    if WORLD_SIZE > 1:
-        dist.init_process_group()
+    rank, _, num_processes = torchrun_variables()
+    folder = args.output.parent if args.sample_only else args.output_dir
+    remedy = "Choose another --output-dir or --output"
+    with explained(folder, "cannot be written to", remedy, ValueError):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    if num_processes > 1 and not args.sample_only:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        with heard_signals() as signals:
+            if not args.sample_only:
+                train(args, device, signals)
+            elif rank == 0:
+                sample_only(args, device)
+    except KeyboardInterrupt:
+        again = command_line("--resume", "--output-dir", folder, "--device", args.device)
+        resumable = not args.sample_only and (folder / "checkpoint.pt").exists()
+        if rank == 0:
+            say(f"interrupted{'; go on with: ' + again if resumable else ''}", sys.stderr)
+        raise
+    finally:
+        if num_processes > 1 and not args.sample_only:
+            dist.destroy_process_group()
 
-    images = one_first(lambda: load_images(args.dataset, args.data_dir, train=True)).to(device)
-    test_images = load_images(args.dataset, args.data_dir, train=False)[:NUM_VALIDATION_IMAGES].to(device)
-    if args.batch_size > len(images):
-        fail(f"argument --batch-size: {args.batch_size} is more than the {len(images)} training images", code=2)
-    run = Run(args, len(images), device, state)
-    if RANK == 0:
-        if not args.resume:
-            keep_earlier_checkpoint(run.path)
-        draw_noise_schedule(args.output_dir / "noise_schedule.png", args.timesteps)
-        draw_forward_process(args.output_dir / "forward_process.png", run.scheduler, test_images[:4], args.seed)
-    train(run, images, test_images)
-    if RANK == 0:
-        draw_denoising(run)
-        state = run.state_dict()
-        save_checkpoint(args.output_dir / "weights.pt", {key: state[key] for key in ("format", "settings", "ema")})
-        report(run)
-    if WORLD_SIZE > 1:
-        dist.destroy_process_group()
+
+# --------------------------------------------------------------------------------------------------
+# The optimizer. (It is no part of diffusion: Algorithm 1 says "take gradient descent step on".)
+# --------------------------------------------------------------------------------------------------
+
+
+def make_optimizers(model: UNet, name: str) -> list[torch.optim.Optimizer]:
+    """Adam for all weights, or Muon for the convolutions' and Adam for the rest."""
+    kernels = [weight for weight in model.parameters() if weight.ndim == 4 and name == "muon"]
+    others = [weight for weight in model.parameters() if weight.ndim < 4 or name == "adam"]
+    return [torch.optim.Adam(others), *([Muon(kernels)] if kernels else [])]
+
+
+def orthogonalize(matrix: Tensor) -> Tensor:
+    """About U V^T for a matrix U S V^T (its singular value decomposition).
+
+    Divided by its norm, a matrix X has singular values from 0 to 1. The odd polynomial a X +
+    b (X X^T) X + c (X X^T)^2 X turns each of them, s, into a s + b s^3 + c s^5. Five rounds bring
+    all but the smallest to 0.7 ... 1.2 (Newton-Schulz; coefficients from Jordan et al. 2024,
+    https://kellerjordan.github.io/posts/muon).
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonalize(matrix.T).T  # X X^T is then the smaller of the two products
+    x = matrix / (matrix.norm() + 1e-7)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose every step is orthogonalized (Jordan et al. 2024), for convolutions.
+
+    A weight [out, in, k, k] is taken as the matrix [out, in * k * k]. Its step goes equally far in
+    all directions of the matrix, and not mostly along the few that dominate the gradient. It is
+    about as large as Adam's, 0.2 by root mean square, so that one learning rate fits both (Liu et
+    al. 2025, arXiv:2502.16982, eq. 4). torch.optim.Muon takes matrices alone and calculates in
+    bfloat16, which most CPUs have to emulate.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float = 0.005, momentum: float = 0.95) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                state = self.state[weight]
+                average = state.setdefault("average", torch.zeros_like(weight))
+                average.lerp_(weight.grad, 1 - group["momentum"])
+                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
+                matrix = ahead.flatten(1)  # [out, in, k, k] -> [out, in * k * k]
+                size = 0.2 * math.sqrt(max(matrix.shape))
+                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=group["lr"] * size)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)  # so that a log file, too, shows each epoch's line at once
     try:
         main()
-    except KeyboardInterrupt:
-        fail("interrupted", code=130)
+    except KeyboardInterrupt as interrupt:
+        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
+    except (ValueError, OSError, ArithmeticError) as error:
+        say(f"train_diffusion.py: error: {error}", sys.stderr)
+        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)

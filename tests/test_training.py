@@ -1,91 +1,96 @@
-"""The pieces of the training program: images, random draws, learning rate, average, files."""
+"""Training: the loss, the draws, the optimizer, and a network that learns to draw."""
 
 import math
 
 import pytest
 import torch
-from conftest import NUM_TRAIN, ROOT, STEPS_PER_EPOCH, TINY
-from matplotlib.image import imread
+from conftest import TINY, checkpoint, run_main
 
 import train_diffusion as program
+from forward_reverse_process import NoiseScheduler, UNet
 
 
-def tiny_run(tmp_path, *options, state=None) -> program.Run:
-    args = program.parse_options([*TINY, "--output-dir", str(tmp_path), "--quiet", *map(str, options)])
-    return program.Run(args, NUM_TRAIN, torch.device("cpu"), state)
+def tiny_network(num_timesteps=20, image_shape=(1, 28, 28), num_classes=None):
+    torch.manual_seed(0)
+    scheduler = NoiseScheduler(num_timesteps)
+    return UNet(scheduler, image_shape, 24, num_classes), scheduler
 
 
-def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+# --- the loss: DDPM's Algorithm 1 -----------------------------------------------------------------
 
 
-def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    for name in first:
-        assert torch.equal(first[name], second[name]), name
+def test_the_loss_is_the_mean_squared_error_of_the_noise_by_hand():
+    """A network that always answers 0.5; two images, each with its own timestep and noise."""
+    scheduler, asked = NoiseScheduler(20), []
+
+    def network(x_t, t, labels):
+        asked.append((x_t, t, labels))
+        return torch.full_like(x_t, 0.5)
+
+    x_0 = torch.tensor([[[[1.0, -1.0]]], [[[0.0, 0.25]]]])
+    noise = torch.tensor([[[[0.5, 2.5]]], [[[-0.5, 0.0]]]])
+    t, labels = torch.tensor([0, 19]), torch.tensor([3, 4])
+    loss = program.training_loss(network, scheduler, x_0, labels, t, noise)
+    assert loss.tolist() == [(0.0 + 4.0) / 2, (1.0 + 0.25) / 2]
+    (x_t, asked_t, asked_labels) = asked[0]
+    assert len(asked) == 1 and torch.equal(asked_t, t) and torch.equal(asked_labels, labels)
+    for i, step in enumerate((0, 19)):
+        alpha_bar = scheduler.alphas_cumprod[step].item()
+        expected = math.sqrt(alpha_bar) * x_0[i] + math.sqrt(1 - alpha_bar) * noise[i]
+        torch.testing.assert_close(x_t[i], expected, rtol=0, atol=1e-6)
 
 
-# --- images --------------------------------------------------------------------------------------------------------------
+def test_the_loss_draws_what_it_is_not_given(mnist):
+    """A new network guesses sqrt(1 - alpha-bar) x_t, whose expected error is known for every t."""
+    model, scheduler = tiny_network(1000)
+    x_0 = program.to_model(mnist[0][0][:512])
+    with torch.no_grad():
+        torch.manual_seed(1)
+        losses = program.training_loss(model, scheduler, x_0)
+        again = program.training_loss(model, scheduler, x_0)
+    # eps - sqrt(1-a) (sqrt(a) x_0 + sqrt(1-a) eps) = a eps - sqrt(a (1-a)) x_0, both independent
+    a = scheduler.alphas_cumprod
+    expected = (a**2 + a * (1 - a) * x_0.square().mean()).mean().item()
+    assert losses.shape == (512,) and not torch.equal(losses, again)
+    assert losses.mean().item() == pytest.approx(expected, rel=0.05)
 
 
-def test_the_repository_holds_all_of_mnist(images):
-    test_images = program.load_images("MNIST", ROOT / "data", train=False)
-    assert images.shape == (60_000, 28, 28) and test_images.shape == (10_000, 28, 28)
-    assert images.dtype == torch.uint8 and images.max() == 255
-    assert images.float().mean().item() == pytest.approx(33.3184, abs=1e-3)  # MNIST's known mean, 0.13066 of 255
-
-
-def test_pixels_go_into_the_model_and_back_unchanged():
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16)
-    x_0 = program.to_model(pixels)
-    assert x_0.shape == (1, 1, 16, 16) and x_0.min() == -1 and x_0.max() == 1
-    assert torch.equal(program.to_uint8(x_0), pixels)
-    assert torch.equal(
-        program.to_uint8(torch.tensor([[[[-1.5, 0.0, 1.5]]]])), torch.tensor([[[0, 128, 255]]], dtype=torch.uint8)
-    )
-
-
-# --- random draws --------------------------------------------------------------------------------------------------------
-
-
-def test_training_draws_every_timestep_that_sampling_visits_and_no_other():
+def test_timesteps_are_uniform_over_all_that_sampling_visits():
     generator = torch.Generator().manual_seed(0)
     drawn = torch.cat([program.draw_timesteps(64, 20, generator) for _ in range(500)])
     counts = drawn.bincount(minlength=20)
-    assert drawn.dtype == torch.int64 and len(counts) == 20
-    assert set(program.sampling_timesteps(20, 20)) == set(drawn.tolist())
-    expected = (2 * torch.arange(20) + 1) / 400  # ((t + 1) / T)^2 - (t / T)^2: with t, on a straight line
-    assert ((counts / len(drawn) - expected).abs() < 0.002).all()  # plain random draws would be within 0.005
+    assert drawn.dtype == torch.int64
+    assert set(drawn.tolist()) == set(program.sampling_timesteps(20, 20))
+    assert ((counts / len(drawn) - 1 / 20).abs() < 0.002).all()
+
+
+def test_the_images_of_a_batch_get_timesteps_from_equal_slices():
+    for seed in range(20):
+        t = program.draw_timesteps(50, 1000, torch.Generator().manual_seed(seed))
+        assert torch.equal(t // 20, torch.arange(50))
 
 
 def test_a_draw_at_the_end_of_its_slice_stays_inside(monkeypatch):
-    largest = torch.tensor(1 - 2**-24)  # the largest that torch.rand gives; 127 + largest rounds to 128 in float32
+    largest = torch.tensor(1 - 2**-24)  # the largest that torch.rand gives; 127 + largest is 128
     monkeypatch.setattr(torch, "rand", lambda size, **options: largest.expand(size))
-    t = program.draw_timesteps(128, 1000, torch.Generator())
-    assert t.max() == 999 and t.min() == 88  # 1000 sqrt(1 / 128)
+    assert program.draw_timesteps(128, 1000).max() == 999
 
 
 def test_every_purpose_and_seed_has_its_own_numbers():
     def draw(purpose, seed):
-        return torch.randn(8, generator=program.generator_for(purpose, seed))
+        return tuple(torch.randn(8, generator=program.generator_for(purpose, seed)).tolist())
 
-    assert torch.equal(draw("sampling", 0), draw("sampling", 0))
-    draws = [
-        draw("sampling", 0),
-        draw("sampling", 1),
-        draw("training step 0", 0),
-        draw("training step 1", 0),
-        torch.randn(8),
-    ]
-    assert len({tuple(values.tolist()) for values in draws}) == len(draws)
+    asked = [(purpose, seed) for purpose in ("step 0", "step 1", "sampling") for seed in (0, 1)]
+    assert draw("step 1", 0) == draw("step 1", 0)
+    assert len({draw(*purpose_and_seed) for purpose_and_seed in asked}) == len(asked)
 
 
-# --- the optimiser -------------------------------------------------------------------------------------------------------
+# --- the optimizer --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(6, 6), (4, 15), (15, 4)])
-def test_orthogonalising_keeps_the_directions_and_evens_out_the_lengths(shape):
-    """The polynomial acts on the singular values alone: here they are taken out, passed through it, and put back."""
+def test_orthogonalizing_keeps_the_directions_and_evens_out_the_lengths(shape):
+    """The polynomial acts on the singular values: taken out, passed through it, and put back."""
     matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     s = s / s.norm()
@@ -97,10 +102,7 @@ def test_orthogonalising_keeps_the_directions_and_evens_out_the_lengths(shape):
     assert ((lengths > 0.6) & (lengths < 1.3)).all()
 
 
-def test_orthogonalising_nothing_gives_nothing():
-    assert torch.equal(program.orthogonalize(torch.zeros(3, 5)), torch.zeros(3, 5))
-
-
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this PyTorch has no Muon")
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8)])
 def test_muon_is_pytorchs_own_but_for_its_rounding(shape):
     """torch.optim.Muon calculates in bfloat16, which has about three digits."""
@@ -109,7 +111,8 @@ def test_muon_is_pytorchs_own_but_for_its_rounding(shape):
     theirs = torch.nn.Parameter(ours.detach().clone())
     start = ours.detach().clone()
     our_muon = program.Muon([ours], lr=0.1)
-    their_muon = torch.optim.Muon([theirs], lr=0.1, weight_decay=0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    options = {"weight_decay": 0, "momentum": 0.95, "adjust_lr_fn": "match_rms_adamw"}
+    their_muon = torch.optim.Muon([theirs], lr=0.1, **options)
     for _ in range(5):
         ours.grad = torch.randn(shape, generator=generator)
         theirs.grad = ours.grad.clone()
@@ -121,7 +124,7 @@ def test_muon_is_pytorchs_own_but_for_its_rounding(shape):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_muon_moves_a_convolution_as_its_matrix(layout):
-    """Whatever the order in memory, which training changes: output channels by everything that one of them looks at."""
+    """Whatever the order in memory: output channels by everything that one of them looks at."""
     generator = torch.Generator().manual_seed(0)
     weight, grad = torch.randn(2, 6, 4, 3, 3, generator=generator)
     kernel = torch.nn.Parameter(weight.clone(memory_format=layout))
@@ -132,179 +135,160 @@ def test_muon_moves_a_convolution_as_its_matrix(layout):
     assert (kernel - weight).abs().mean() > 0.01
 
 
-def test_every_weight_has_one_optimiser(tmp_path):
-    run = tiny_run(tmp_path)
-    optimised = [
-        id(weight) for optimizer in run.optimizers for group in optimizer.param_groups for weight in group["params"]
-    ]
-    assert sorted(optimised) == sorted(map(id, run.model.parameters()))
-    muon, adamw = run.optimizers
-    assert isinstance(muon, program.Muon) and all(weight.ndim == 4 for weight in muon.param_groups[0]["params"])
-    assert isinstance(adamw, torch.optim.AdamW) and all(weight.ndim < 4 for weight in adamw.param_groups[0]["params"])
-
-
-# --- learning ------------------------------------------------------------------------------------------------------------
-
-
-def test_learning_rate_warms_up_and_falls_to_zero():
-    total = 1000
-    factors = [program.lr_factor(step, total) for step in range(total + 1)]
-    warmup = program.WARMUP_STEPS
-    assert factors[0] == pytest.approx(1 / warmup) and factors[total] == 0
-    assert factors[warmup - 1] == pytest.approx(1 - (warmup - 1) / total)
-    assert all(a > b for a, b in zip(factors[warmup:], factors[warmup + 1 :]))
-
-
-def test_a_few_steps_on_real_digits_lower_the_loss(images, tmp_path):
-    run = tiny_run(tmp_path, "--lr", 0.05, "--epochs", 100)  # of which the warm-up reaches a fifth
-    losses = []
-    for batch in images[: 40 * 64].split(64):
-        losses.append(program.train_step(run, batch).item())
-        run.step += 1
-    # A new network guesses sqrt(1 - alpha-bar) x_t, which is off by alpha-bar eps - sqrt(alpha-bar (1 - alpha-bar)) x_0.
-    signal, often = run.scheduler.alphas_cumprod, (2 * torch.arange(20) + 1) / 400
-    power = program.to_model(images[:64]).square().mean()
-    expected = (often * (signal**2 + signal * (1 - signal) * power)).sum().item()
-    assert losses[0] == pytest.approx(expected, rel=0.05)
-    assert sum(losses[-5:]) / 5 < 0.9 * losses[0]
-
-
-def test_the_average_follows_fast_at_first_and_slowly_later():
-    for n, decay in ((1, 2 / 11), (90, 91 / 100), (10**6, program.EMA_DECAY)):
-        averaged, current = [torch.tensor([1.0, -3.0])], [torch.tensor([5.0, 0.0])]
-        program.update_ema(averaged, current, n)
-        torch.testing.assert_close(averaged[0], decay * torch.tensor([1.0, -3.0]) + (1 - decay) * current[0])
-
-
-def test_the_average_of_a_run_is_the_average_of_its_weights(images, tmp_path):
-    run = tiny_run(tmp_path)
-    expected = None
-    for i in range(4):
-        program.train_step(run, images[64 * i : 64 * (i + 1)])
-        now = snapshot(run.model)
-        decay = (1 + i) / (10 + i)
-        expected = now if i == 0 else {k: decay * expected[k] + (1 - decay) * now[k] for k in now}
-        run.step += 1
-    for name, tensor in run.ema.module.state_dict().items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
-
-
-def test_sampling_and_validation_leave_the_weights_and_later_draws_alone(images, tmp_path):
-    run = tiny_run(tmp_path)
-    program.train_step(run, images[:64])
-    model, average, global_state = snapshot(run.model), snapshot(run.ema), torch.get_rng_state()
-    first = program.sample(run.ema.module, run.scheduler, run.args)
-    program.validate(run, images[:64])
-    assert_same_bits(snapshot(run.model), model)
-    assert_same_bits(snapshot(run.ema), average)
-    assert torch.equal(torch.get_rng_state(), global_state)
-    assert run.model.training and not run.ema.training
-    assert torch.equal(program.sample(run.ema.module, run.scheduler, run.args), first)
-
-
-def test_samples_and_pictures_take_guidance_and_eta_from_the_options(tmp_path, monkeypatch):
-    run, given, denoise = tiny_run(tmp_path, "--guidance", 0.7, "--eta", 0.3), [], program.denoise
-
-    def watched(model, scheduler, x_t, timesteps, eta, guidance, generator):
-        given.append((eta, guidance))
-        return denoise(model, scheduler, x_t, timesteps, eta, guidance, generator)
-
-    monkeypatch.setattr(program, "denoise", watched)
-    monkeypatch.setattr(program, "save_figure", lambda path, figure: None)
-    program.sample(run.ema.module, run.scheduler, run.args)
-    program.draw_denoising(run)
-    assert given == [(0.3, 0.7)] * 2
-
-
-def test_sampling_in_chunks_gives_all_images(tmp_path, monkeypatch):
-    monkeypatch.setattr(program, "SAMPLE_CHUNK", 3)
-    run = tiny_run(tmp_path, "--num-samples", 8)
-    images = program.sample(run.ema.module, run.scheduler, run.args)
-    assert images.shape == (8, 28, 28) and images.dtype == torch.uint8
-    assert len({image.numpy().tobytes() for image in images}) == 8
-
-
-def test_validation_is_the_loss_at_the_same_noise_every_time(images, tmp_path):
-    """And it is right: what a new network guesses, and so its expected error at every t, is known in closed form."""
-    run = tiny_run(tmp_path)
-    (t, losses), (t_again, losses_again) = program.validate(run, images[:64]), program.validate(run, images[:64])
-    assert torch.equal(t, t_again) and torch.equal(losses, losses_again) and losses.shape == t.shape == (64,)
-    # eps - sqrt(1-a) (sqrt(a) x_0 + sqrt(1-a) eps) = a eps - sqrt(a (1-a)) x_0, and eps is independent of x_0
-    a = run.scheduler.alphas_cumprod[t]
-    expected = a**2 + a * (1 - a) * program.to_model(images[:64]).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(losses, expected, rtol=0.25, atol=0.01)
-
-
-# --- files ---------------------------------------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_restores_every_tensor(images, tmp_path):
-    run = tiny_run(tmp_path)
+@pytest.mark.parametrize("name", ["muon", "adam"])
+def test_every_weight_has_one_optimizer_and_none_decays(name):
+    """With no gradient no weight moves: neither kernels nor biases nor norms."""
+    model, _ = tiny_network(num_classes=3)
+    optimizers = program.make_optimizers(model, name)
+    optimized = [id(w) for o in optimizers for group in o.param_groups for w in group["params"]]
+    assert sorted(optimized) == sorted(map(id, model.parameters()))
+    assert [type(o).__name__ for o in optimizers] == ["Adam", "Muon"][: 1 + (name == "muon")]
+    if name == "muon":
+        assert all(weight.ndim == 4 for weight in optimizers[1].param_groups[0]["params"])
+    before = {key: value.clone() for key, value in model.state_dict().items()}
     for _ in range(3):
-        run.step_losses[run.step] = program.train_step(run, images[:64])
-        run.step += 1
-    run.save()
-    state = program.load_checkpoint(tmp_path / "checkpoint.pt")
-    other = tiny_run(tmp_path, state=state)
-    assert_same_bits(snapshot(other.model), snapshot(run.model))
-    assert_same_bits(snapshot(other.ema), snapshot(run.ema))
-    assert other.step == 3 and torch.equal(other.step_losses, run.step_losses)
-    for restored, original in zip(other.optimizers, run.optimizers):
-        assert restored.param_groups[0]["lr"] == original.param_groups[0]["lr"]
-    for run_ in (run, other):  # and the next step is the same, so nothing was forgotten
-        program.train_step(run_, images[64:128])
-    assert_same_bits(snapshot(other.model), snapshot(run.model))
-    assert_same_bits(snapshot(other.ema), snapshot(run.ema))
+        for weight in model.parameters():
+            weight.grad = torch.zeros_like(weight)
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_an_extended_run_takes_the_learning_rate_of_the_longer_run(tmp_path):
-    run = tiny_run(tmp_path, "--epochs", 2)
-    run.step = 5
-    longer = tiny_run(tmp_path, "--epochs", 100, state=run.state_dict())
-    for optimizer in longer.optimizers:
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(
-            longer.args.lr * program.lr_factor(5, 100 * STEPS_PER_EPOCH)
+# --- the loop -------------------------------------------------------------------------------------
+
+
+class Spy:
+    """Sees every step of a real run: what goes into the loss, and the weights when they move."""
+
+    def __init__(self, monkeypatch, scale=1.0):
+        self.labels, self.no_label, self.weights, self.rates, self.norms = [], None, [], [], []
+        loss, average = program.training_loss, program.get_ema_multi_avg_fn
+        step = program.Muon.step
+
+        def spied_loss(model, scheduler, x_0, labels=None, t=None, noise=None):
+            if model.training:
+                self.labels.append(labels)
+                self.no_label = getattr(model, "no_label", None)
+                self.weights.append({k: v.clone() for k, v in model.state_dict().items()})
+            return scale * loss(model, scheduler, x_0, labels, t, noise)
+
+        def spied_step(optimizer):
+            self.rates.append(optimizer.param_groups[0]["lr"])
+            step(optimizer)
+
+        def spied_average(decay):
+            def update(ema, weights, count):
+                self.norms.append(math.sqrt(sum(w.grad.square().sum().item() for w in weights)))
+                average(decay)(ema, weights, count)
+
+            return update
+
+        monkeypatch.setattr(program, "training_loss", spied_loss)
+        monkeypatch.setattr(program.Muon, "step", spied_step)
+        monkeypatch.setattr(program, "get_ema_multi_avg_fn", spied_average)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "WARMUP_STEPS", 5)
+    spy = Spy(monkeypatch)
+    options = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path, "--lr", 0.01]
+    assert run_main(*options, "--epochs", 2) == (0, "")
+    expected = [0.01 * min(1, (i + 1) / 5) * (1 - i / 16) for i in range(16)]
+    assert spy.rates == pytest.approx(expected)
+
+
+def test_the_average_follows_fast_at_first_and_slowly_later(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "EMA_DECAY", 0.3)  # reached at the fourth step
+    spy = Spy(monkeypatch)
+    options = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path, "--lr", 0.05]
+    assert run_main(*options, "--max-steps", 6) == (0, "")
+    state = checkpoint(tmp_path)
+    expected = spy.weights[0]
+    for i, now in enumerate([*spy.weights[1:], state["model"]]):
+        decay = min(0.3, (1 + i) / (10 + i))
+        expected = {k: decay * expected[k] + (1 - decay) * now[k] for k in now}
+    for name, tensor in state["ema"].items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(state["ema"]["stem.weight"], state["model"]["stem.weight"])
+
+
+def test_a_huge_gradient_is_clipped_to_length_one(small_data, tmp_path, monkeypatch):
+    spy = Spy(monkeypatch, scale=1e6)
+    options = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path]
+    assert run_main(*options, "--max-steps", 3) == (0, "")
+    assert spy.norms == pytest.approx([1.0] * 3, rel=1e-3)
+
+
+def test_labels_are_dropped_by_their_share_and_otherwise_right(small_data, tmp_path, monkeypatch):
+    """The images of an epoch come in the order of its own generator."""
+    spy = Spy(monkeypatch)
+    options = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path, "--label-dropout", 0.3]
+    assert run_main(*options, "--epochs", 1) == (0, "")
+    labels = program.load_images("MNIST", small_data)[0][1]
+    order = torch.randperm(len(labels), generator=program.generator_for("epoch 1", 0))
+    seen = torch.cat(spy.labels)
+    dropped = seen == spy.no_label
+    assert spy.no_label == 10 and torch.equal(seen[~dropped], labels[order][~dropped])
+    assert 0.2 < dropped.float().mean() < 0.4
+
+
+def test_dropping_all_labels_trains_the_plain_model(small_data, tmp_path, monkeypatch):
+    spy = Spy(monkeypatch)
+    options = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path, "--label-dropout", 1]
+    assert run_main(*options, "--max-steps", 2) == (0, "")
+    assert spy.labels == [None, None]
+    assert program.load_model(tmp_path / "weights.pt")[0].num_classes is None
+
+
+def test_training_with_adam_alone_lowers_the_loss(small_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "WARMUP_STEPS", 1)
+    options = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path, "--optimizer", "adam"]
+    assert run_main(*options, "--epochs", 3) == (0, "")
+    history = checkpoint(tmp_path)["history"]
+    assert history[-1]["train_loss"] < 0.9 * history[0]["train_loss"]
+    assert history[-1]["val_loss"] < history[0]["val_loss"]
+
+
+def test_the_held_out_loss_is_that_of_the_same_noise_every_time(mnist, monkeypatch):
+    model, scheduler = tiny_network(num_classes=10)
+    images, labels = mnist[1][0][:60], mnist[1][1][:60]
+    t, losses = program.held_out_loss(model, scheduler, images, labels, seed=0)
+    generator = program.generator_for("held-out loss", 0)
+    expected_t = program.draw_timesteps(60, 20, generator)
+    noise = torch.randn(images.shape, generator=generator)
+    with torch.no_grad():
+        expected = program.training_loss(
+            model, scheduler, program.to_model(images), labels, expected_t, noise
         )
+    monkeypatch.setattr(program, "CHUNK", 7)
+    t_again, again = program.held_out_loss(model, scheduler, images, labels, seed=0)
+    assert torch.equal(t, expected_t) and torch.equal(t_again, t)
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, capsys):
-    run = tiny_run(tmp_path)
-    run.step, run.step_losses[2] = 5, math.nan
-    (tmp_path / "checkpoint.pt").write_text("the last good one")
-    with pytest.raises(SystemExit) as error:
-        run.save()
-    assert error.value.code == 1 and "step 3" in capsys.readouterr().err
-    assert (tmp_path / "checkpoint.pt").read_text() == "the last good one"
+# --- end to end -----------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
-    path = tmp_path / "new folder" / "file"
-    program.write_file(path, b"first")
-    assert path.read_bytes() == b"first"
-
-    def full_disk(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(program.os, "fsync", full_disk)
-    with pytest.raises(SystemExit) as error:
-        program.write_file(path, b"second")
-    assert error.value.code == 1 and "No space left" in capsys.readouterr().err
-    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
-
-
-def test_earlier_checkpoints_are_kept_under_numbers(tmp_path, capsys):
-    path = tmp_path / "checkpoint.pt"
-    program.keep_earlier_checkpoint(path)
-    for content in ("a", "b"):
-        path.write_text(content)
-        program.keep_earlier_checkpoint(path)
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"checkpoint_1.pt": "a", "checkpoint_2.pt": "b"}
-    assert "checkpoint_2.pt" in capsys.readouterr().out
-
-
-def test_a_grid_holds_the_images_in_reading_order(tmp_path):
-    pixels = torch.arange(5, dtype=torch.uint8)[:, None, None].expand(5, 28, 28) * 50
-    program.save_grid(tmp_path / "grid.png", pixels)
-    grid = (imread(tmp_path / "grid.png")[..., 0] * 255).round()  # two rows of three, 2 pixels between them
-    assert grid.shape == (62, 92)
-    assert [grid[15, 15 + 30 * i] for i in range(3)] + [grid[45, 15], grid[45, 45]] == [0, 50, 100, 150, 200]
+def test_a_tiny_network_learns_ten_images_and_draws_the_one_that_is_asked_for():
+    """Training loss, optimizer, sampling and labels together: image y comes out for label y."""
+    generator = torch.Generator().manual_seed(0)
+    images = (torch.rand(10, 1, 8, 8, generator=generator) < 0.5).float() * 2 - 1
+    labels = torch.arange(10)
+    model, scheduler = tiny_network(50, (1, 8, 8), num_classes=10)
+    optimizers = program.make_optimizers(model, "muon")
+    for step in range(80):
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 80)
+        batch = torch.arange(50) % 10
+        dropped = torch.rand(50) < 0.1
+        y = labels[batch].masked_fill(dropped, model.no_label)
+        model.zero_grad()
+        program.training_loss(model, scheduler, images[batch], y).mean().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    asked = [7, 0, 3, 9, 1, 1]
+    drawn = program.to_model(program.sample(model, scheduler, labels=asked, num_steps=20))
+    distances = torch.cdist(drawn.flatten(1), images.flatten(1))  # [6, 10]
+    assert distances.argmin(dim=1).tolist() == asked
+    assert distances.amin(dim=1).max() < 4  # any two of the ten are more than 8 apart
