@@ -1,15 +1,24 @@
-"""How good are the digits? Distances between generated and real MNIST, in the features of a small digit classifier.
+"""How good are the digits? Beside real ones, in the features of a small digit classifier.
 
-    python benchmarks/quality.py samples.npy            # uint8 [N, 28, 28], as --sample-only --output samples.npy writes
-    python benchmarks/quality.py checkpoint.pt --num-samples 2000 --sample-steps 32 --eta 1.0 --guidance 2.0
+    python benchmarks/quality.py checkpoint.pt    # draws --num-samples digits and judges them
+    python benchmarks/quality.py samples.npz      # judges what --sample-only --output wrote
 
-Prints one line of JSON per file. Inception features say little about digits, and a Fréchet distance depends on the number
-of samples, so every line states N and carries the same distance for N real training images, the floor that a perfect
-generator would reach. The classifier is trained once, by a fixed seed, and cached in benchmarks/cache/.
+Prints one line of JSON per file. A checkpoint of a network with labels draws them in the training
+set's proportions. An .npz file holds images, uint8 [N, 28, 28], and perhaps labels, int [N], the
+digits that were asked for; an .npy file holds images alone.
+
+Inception features say little about digits, and a Frechet distance depends on the number of samples.
+So every line states N and the floor: the same distance for N real training images, which is what a
+perfect generator would reach. Where labels are known, the real images have the same class shares as
+the labels, since these shares are given and not achieved. For labels in the data's proportions that
+floor is lower than the one of images drawn at random, whose shares differ by chance.
+
+The classifier is trained once, by a fixed seed, and cached in benchmarks/cache/.
 """
 
 import argparse
 import functools
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -18,60 +27,72 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torchvision import datasets
+from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parents[1]
-CACHE = ROOT / "benchmarks" / "cache" / "classifier.pt"
-SURE = 0.99  # a digit counts as legible when the classifier gives one class at least this probability
-NEIGHBOURS = 5  # k of coverage and density (Naeem et al. 2020 use 5)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_diffusion
 
-sys.path.insert(0, str(ROOT))
-import train_diffusion  # noqa: E402
+CACHE = Path(__file__).resolve().parent / "cache" / "classifier.pt"
+SURE = 0.99  # a digit is legible if the classifier gives one class at least this probability
+NEIGHBORS = 5  # k of coverage and density (Naeem et al. 2020 use 5)
+NUM_CLASSES = 10
+IMAGE_SHAPE = (1, 28, 28)
+
+
+@functools.cache
+def mnist() -> list[tuple[Tensor, Tensor]]:
+    """Training and test split: images, uint8 [N, 1, 28, 28], and labels, int64 [N]."""
+    return train_diffusion.load_images("MNIST")
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 -> float32 in [0, 1]."""
+    return images.float() / 255
+
+
+# --------------------------------------------------------------------------------------------------
+# The classifier
+# --------------------------------------------------------------------------------------------------
 
 
 class DigitClassifier(nn.Module):
-    """A plain convolutional classifier, [N, 1, 28, 28] in [0, 1] -> logits [N, 10]; `features` is its last hidden layer."""
+    """A plain convolutional classifier. `features` is its last hidden layer, [N, 64].
+
+    [N, 1, 28, 28] in [0, 1] -> logits [N, 10]
+    """
 
     def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for c_in, c_out, stride in ((1, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 128, 1)):
-            layers += [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out), nn.ReLU()]
-        self.trunk = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 64), nn.ReLU())
-        self.head = nn.Linear(64, 10)
+        sizes = ((1, 32, 1), (32, 32, 2), (32, 64, 1), (64, 64, 2), (64, 128, 1))
+        for c_in, c_out, stride in sizes:
+            layers.append(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False))
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU()]
+        layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 64), nn.ReLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(64, NUM_CLASSES)
 
-    def features(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: Tensor) -> Tensor:
         return self.trunk(images)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(self.features(images))
 
 
-def load_mnist(train: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """All images, uint8 [N, 28, 28], and their labels, int64 [N]."""
-    split = datasets.MNIST(ROOT / "data", train=train, download=True)
-    return split.data, split.targets
-
-
-def to_unit(images: torch.Tensor) -> torch.Tensor:
-    """uint8 [N, 28, 28] -> float [N, 1, 28, 28] in [0, 1]."""
-    return images.unsqueeze(1).float() / 255
-
-
 def train_classifier(epochs: int = 8, batch_size: int = 128) -> DigitClassifier:
-    """Train on the training split with random shifts of up to two pixels; about four minutes on two cores."""
+    """Train on images shifted by up to two pixels; about four minutes on two cores."""
     torch.manual_seed(0)
-    images, labels = load_mnist(train=True)
+    images, labels = mnist()[0]
     padded = F.pad(images, (2, 2, 2, 2))
     model = DigitClassifier().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     steps = epochs * (len(images) // batch_size)
     lr_schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     for epoch in range(epochs):
-        for batch in torch.randperm(len(images))[: steps // epochs * batch_size].split(batch_size):
+        order = torch.randperm(len(images))[: steps // epochs * batch_size]
+        for batch in order.split(batch_size):
             top, left = torch.randint(0, 5, (2,)).tolist()
-            x = to_unit(padded[batch, top : top + 28, left : left + 28])
+            x = to_unit(padded[batch, :, top : top + 28, left : left + 28])
             loss = F.cross_entropy(model(x), labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -88,8 +109,8 @@ def load_classifier() -> DigitClassifier:
         model.load_state_dict(torch.load(CACHE, weights_only=True))
         return model.eval()
     model = train_classifier()
-    images, labels = load_mnist(train=False)
-    accuracy = (look(model, images)[1].argmax(1) == labels).double().mean().item()
+    images, labels = mnist()[1]
+    accuracy = share(look(model, images)[1].argmax(1) == labels)
     print(f"classifier: {accuracy:.2%} of the test split", file=sys.stderr)
     if accuracy < 0.994:
         raise SystemExit("the classifier is too weak to judge by (below 99.4 %)")
@@ -99,98 +120,198 @@ def load_classifier() -> DigitClassifier:
 
 
 @torch.inference_mode()
-def look(model: DigitClassifier, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features [N, 64] and class probabilities [N, 10] of uint8 images [N, 28, 28]."""
+def look(model: DigitClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [N, 64] and class probabilities [N, 10] of uint8 images [N, 1, 28, 28]."""
     features = torch.cat([model.features(to_unit(chunk)) for chunk in images.split(500)])
     return features, model.head(features).softmax(1)
 
 
-def frechet_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """|mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of two sets of features [N, D] (Heusel et al. 2017, eq. 6)."""
+# --------------------------------------------------------------------------------------------------
+# The figures
+# --------------------------------------------------------------------------------------------------
+
+
+def share(flags: Tensor) -> float:
+    """The share of a bool tensor that is true."""
+    return round(flags.double().mean().item(), 4)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """The distance of two sets of features [N, D] (Heusel et al. 2017, eq. 6).
+
+    |mu_a - mu_b|^2 + Tr(C_a + C_b - 2 (C_a C_b)^(1/2))
+
+    The trace of the square root is the sum of the square roots of the eigenvalues; this works for
+    singular C_a and C_b too.
+    """
     a, b = a.double().numpy(), b.double().numpy()
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The trace of the square root is the sum of the square roots of the eigenvalues; this works for singular C_a, C_b too.
     trace_of_root = np.sqrt(scipy.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
-    return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b) - 2 * trace_of_root)
+    mean_part = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    return float(mean_part + np.trace(cov_a + cov_b) - 2 * trace_of_root)
 
 
-def density_and_coverage(real: torch.Tensor, fake: torch.Tensor) -> tuple[float, float]:
-    """Density and coverage of `fake` in `real`, both features [N, D] (Naeem et al. 2020, eq. 4 and 5)."""
-    radii = torch.cdist(real, real).kthvalue(NEIGHBOURS + 1, dim=1).values  # + 1: each point is its own nearest
+def density_and_coverage(real: Tensor, fake: Tensor) -> tuple[float, float]:
+    """Density and coverage of `fake` in `real`, features [N, D] (Naeem et al. 2020, eq. 4, 5)."""
+    # Each point is its own nearest, hence + 1.
+    radii = torch.cdist(real, real).kthvalue(NEIGHBORS + 1, dim=1).values
     inside = torch.cdist(real, fake) < radii[:, None]  # [real, fake]
-    return inside.sum(0).double().mean().item() / NEIGHBOURS, inside.any(1).double().mean().item()
+    density = inside.sum(0).double().mean().item() / NEIGHBORS
+    return density, inside.any(1).double().mean().item()
 
 
-def distance_to_training_set(images: torch.Tensor, train_images: torch.Tensor) -> torch.Tensor:
-    """Pixel distance (L2, images in [0, 1]) from each image to the nearest training image, [N]."""
-    flat = to_unit(train_images).flatten(1)
-    return torch.cat([torch.cdist(chunk, flat).amin(1) for chunk in to_unit(images).flatten(1).split(250)])
+def distance_to_training_set(images: Tensor, train_images: Tensor) -> Tensor:
+    """Pixel distance (L2, images in [0, 1]) from each image to the nearest training image: [N]."""
+    flat, train_flat = to_unit(images).flatten(1), to_unit(train_images).flatten(1)
+    return torch.cat([torch.cdist(chunk, train_flat).amin(1) for chunk in flat.split(250)])
+
+
+def proportional_labels(num_samples: int, train_labels: Tensor) -> Tensor:
+    """Labels in the training set's proportions, sorted: int64 [num_samples].
+
+    Every class gets its exact share, rounded down; the classes that lost most by that get one more,
+    until the sum is right.
+    """
+    exact = num_samples * train_labels.bincount(minlength=NUM_CLASSES)  # times the images there are
+    counts, lost = exact // len(train_labels), exact % len(train_labels)
+    missing = num_samples - int(counts.sum())
+    counts[lost.argsort(descending=True, stable=True)[:missing]] += 1
+    return torch.arange(NUM_CLASSES).repeat_interleave(counts)
+
+
+def draw_real(num_samples: int, labels: Tensor | None) -> Tensor:
+    """Real training images, without replacement, for the floor: uint8 [num_samples, 1, 28, 28].
+
+    With labels, int64 [num_samples], there are as many images of each class as labels. With labels
+    in the data's proportions they score lower than images drawn at random do, whose class shares
+    are a matter of chance.
+    """
+    images, train_labels = mnist()[0]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    if labels is None:
+        return images[order[:num_samples]]
+    chosen = []
+    for digit, count in enumerate(labels.bincount(minlength=NUM_CLASSES).tolist()):
+        of_class = order[train_labels[order] == digit]
+        if count > len(of_class):
+            raise ValueError(f"{count} samples of {digit}, but only {len(of_class)} real images")
+        chosen.append(of_class[:count])
+    return images[torch.cat(chosen)]
 
 
 class Judge:
-    """Everything about the real images, computed once; `judge(samples)` gives the figures of one set of samples."""
+    """What is known of the real images, computed once. Call it to get the figures of samples."""
 
-    def __init__(self, num_samples: int) -> None:
+    def __init__(self) -> None:
         self.model = load_classifier()
-        self.train_images, self.train_labels = load_mnist(train=True)
-        self.test_images, _ = load_mnist(train=False)
-        self.test_features, self.test_probs = look(self.model, self.test_images)
-        chosen = torch.randperm(len(self.train_images), generator=torch.Generator().manual_seed(0))[:num_samples]
-        floor_features, _ = look(self.model, self.train_images[chosen])
-        self.floor = frechet_distance(floor_features, self.test_features)
-        test_distance = distance_to_training_set(self.test_images[:2000], self.train_images)
+        (self.train_images, train_labels), (test_images, test_labels) = mnist()
+        self.test_features, test_probs = look(self.model, test_images)
+        self.legible = share(test_probs.amax(1) >= SURE)
+        self.accuracy = share(test_probs.argmax(1) == test_labels)
+        self.train_classes = train_labels.bincount(minlength=NUM_CLASSES) / len(train_labels)
+        test_distance = distance_to_training_set(test_images[:2000], self.train_images)
         self.copy_threshold = test_distance.quantile(0.01)
 
-    def __call__(self, samples: torch.Tensor) -> dict:
+    def __call__(self, samples: Tensor, labels: Tensor | None = None) -> dict[str, float]:
+        """The figures of samples, uint8 [N, 1, 28, 28]; labels, int64 [N], are what was asked for.
+
+        The floor is the Frechet distance of N real training images: with labels, of images that
+        have the labels' class shares (see `draw_real`), else of images drawn at random.
+        """
         features, probs = look(self.model, samples)
         distance = frechet_distance(features, self.test_features)
-        classes = probs.argmax(1).bincount(minlength=10) / len(samples)
-        train_classes = self.train_labels.bincount(minlength=10) / len(self.train_labels)
+        real_features, _ = look(self.model, draw_real(len(samples), labels))
+        floor = frechet_distance(real_features, self.test_features)
+        classes = probs.argmax(1).bincount(minlength=NUM_CLASSES) / len(samples)
         density, coverage = density_and_coverage(self.test_features[: len(samples)], features)
         nearest = distance_to_training_set(samples, self.train_images)
-        return {
+        figures = {
             "num_samples": len(samples),
             "frechet": round(distance, 4),
-            "frechet_floor": round(self.floor, 4),
-            "frechet_over_floor": round(distance / self.floor, 2),
-            "legible": round((probs.amax(1) >= SURE).double().mean().item(), 4),
-            "legible_test_images": round((self.test_probs.amax(1) >= SURE).double().mean().item(), 4),
-            "class_total_variation": round(0.5 * (classes - train_classes).abs().sum().item(), 4),
+            "frechet_floor": round(floor, 4),
+            "frechet_over_floor": round(distance / floor, 2),
+            "legible": share(probs.amax(1) >= SURE),
+            "legible_test_images": self.legible,
+        }
+        if labels is not None:  # how many samples are taken for the digit that was asked for
+            figures["conditional_accuracy"] = share(probs.argmax(1) == labels)
+        total_variation = 0.5 * (classes - self.train_classes).abs().sum().item()
+        return figures | {
+            "accuracy_test_images": self.accuracy,
+            "class_total_variation": round(total_variation, 4),
             "density": round(density, 3),
             "coverage": round(coverage, 3),
-            # of real test images this is 0.01 by definition; more means copies of training images
-            "closer_to_training_set_than_99_percent_of_test_images": round(
-                (nearest < self.copy_threshold).double().mean().item(), 4
+            # Of real test images this is 0.01 by definition; more means copies of training images.
+            "closer_to_training_set_than_99_percent_of_test_images": share(
+                nearest < self.copy_threshold
             ),
         }
 
 
-def samples_of(path: Path, options: argparse.Namespace) -> torch.Tensor:
-    """The images in a .npy file, or what a checkpoint draws, uint8 [N, 28, 28]."""
+# --------------------------------------------------------------------------------------------------
+# The samples
+# --------------------------------------------------------------------------------------------------
+
+
+def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:
+    """The images in an .npz or .npy file, uint8 [N, 1, 28, 28]; labels, int64 [N], or None."""
+    content = np.load(path, allow_pickle=False)
     if path.suffix == ".npy":
-        return torch.from_numpy(np.load(path))
-    model, scheduler = train_diffusion.load_model(path, torch.device("cpu"))
-    return train_diffusion.sample(model, scheduler, options)
+        return train_diffusion.to_tensors(path, content, None)
+    if "images" not in content:
+        raise ValueError(f"{path}: there is no array called images")
+    labels = content.get("labels")
+    return train_diffusion.to_tensors(path, content["images"], labels)
+
+
+def draw_samples(path: Path, options: argparse.Namespace) -> tuple[Tensor, Tensor | None, dict]:
+    """What a checkpoint draws, with which labels (None if it has none), and how it was drawn."""
+    model, scheduler = train_diffusion.load_model(path)
+    how = {"eta": options.eta, "guidance": options.guidance, "seed": options.seed}
+    if model.num_classes is None:
+        what, labels = {"num_samples": options.num_samples}, None
+        how["guidance"] = 0  # there is nothing to guide by
+    else:
+        if model.num_classes != NUM_CLASSES:
+            raise ValueError(f"{path} has {model.num_classes} classes, not MNIST's {NUM_CLASSES}")
+        labels = proportional_labels(options.num_samples, mnist()[0][1])
+        what = {"labels": labels}
+    num_steps = options.sample_steps
+    images = train_diffusion.sample(model, scheduler, **what, num_steps=num_steps, **how)
+    return images, labels, {"sample_steps": num_steps, **how}
 
 
 def main() -> None:
+    default = {
+        name: parameter.default
+        for name, parameter in inspect.signature(train_diffusion.sample).parameters.items()
+    }
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Other options (--num-samples, --sample-steps, --eta, --guidance, --seed) are those of train_diffusion.py.",
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("files", nargs="+", type=Path, help=".npy samples or .pt checkpoints")
-    args, sampling = parser.parse_known_args()
-    options = train_diffusion.parse_options(["--sample-only", *sampling])
-    judge_for = functools.cache(Judge)  # one for every number of samples, on which the floor depends
-    for path in args.files:
-        samples = samples_of(path, options)
-        sampler = (
-            {}
-            if path.suffix == ".npy"
-            else {name: getattr(options, name) for name in ("sample_steps", "eta", "guidance", "seed")}
-        )
-        print(json.dumps({"file": str(path), **sampler, **judge_for(len(samples))(samples)}), flush=True)
+    add = parser.add_argument
+    add("files", nargs="+", type=Path, help=".npz or .npy samples, or .pt checkpoints")
+    add("--num-samples", type=int, default=2000, help="to draw with a checkpoint (%(default)s)")
+    add("--sample-steps", type=int, default=default["num_steps"], help="(%(default)s)")
+    add("--eta", type=float, default=default["eta"], help="0: DDIM, 1: DDPM (%(default)s)")
+    add("--guidance", type=float, default=default["guidance"], help="0: none (%(default)s)")
+    add("--seed", type=int, default=default["seed"], help="of the samples (%(default)s)")
+    options = parser.parse_args()
+
+    the_judge = functools.cache(Judge)
+    for path in options.files:
+        try:
+            if path.suffix in (".npz", ".npy"):
+                images, labels, how = *read_samples(path), {}
+            else:
+                images, labels, how = draw_samples(path, options)
+            if images.shape[1:] != IMAGE_SHAPE:
+                raise ValueError(f"{path}: images are {list(images.shape[1:])}, not MNIST's")
+            if labels is not None and labels.max() >= NUM_CLASSES:
+                raise ValueError(f"{path}: labels must be 0 to {NUM_CLASSES - 1}")
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        print(json.dumps({"file": str(path), **how, **the_judge()(images, labels)}), flush=True)
 
 
 if __name__ == "__main__":
