@@ -194,7 +194,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         step, seconds, losses = saved["step"], saved["seconds"], saved["losses"].to(device)
         history, strips = saved["history"], saved["strips"]
         if step >= last_step:
-            say(f"nothing left to train: {path} is at step {step}, and {last_step} are asked for")
+            asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
+            say(f"nothing left to train: {path} is at step {step}, and {asked}")
     weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}
 
     def save() -> None:
