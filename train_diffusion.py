@@ -673,7 +673,7 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of all processes' tensors, put in its place. All of them wait here for the last."""
     if torchrun_variables()[2] > 1:
         # Kept until the next one: if a thread of gloo's were the last to hold it, that thread would
-        # need Python to free it, which at the end of the program hangs or aborts the process.
+        # need Python to free it, for which it may wait for ever at the end of the program.
         sum_over_processes.kept = tensor
         try:
             dist.all_reduce(tensor)
