@@ -401,6 +401,13 @@ def denoise(
     yield -1, x_t, x_t
 
 
+def labels_in_turn(
+    num_samples: int, num_classes: int | None, device: torch.device | str = "cpu"
+) -> Tensor | None:
+    """0, 1, 2, ... over and over, int64 [N]; None if there are no classes."""
+    return torch.arange(num_samples, device=device) % num_classes if num_classes else None
+
+
 def sample(
     model: UNet,
     scheduler: NoiseScheduler,
@@ -425,7 +432,7 @@ def sample(
     if labels is None:
         columns = classes or 10
         num_samples = num_samples or columns * max(1, NUM_SAMPLES // columns)
-        labels = torch.arange(num_samples, device=device) % classes if classes else None
+        labels = labels_in_turn(num_samples, classes, device)
     else:
         if classes is None:
             raise ValueError("labels (--labels): this model was trained without labels")
@@ -897,7 +904,7 @@ def draw_denoising(
     device = scheduler.betas.device
     generator = generator_for("denoising pictures", seed, device)
     x_T = torch.randn(40, *model.image_shape, generator=generator, device=device)
-    labels = torch.arange(40, device=device) % model.num_classes if model.num_classes else None
+    labels = labels_in_turn(40, model.num_classes, device)
     options = {**options, "generator": generator}
     way = [
         (t, to_uint8(x_t).cpu(), to_uint8(x_0).cpu())
@@ -1050,7 +1057,8 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     seconds = time.monotonic() - started
     arrays = {"images": to_arrays(images)}
     if model.num_classes:
-        arrays["labels"] = np.array(args.labels or np.arange(len(images)) % model.num_classes)
+        in_turn = labels_in_turn(len(images), model.num_classes).tolist()
+        arrays["labels"] = np.array(args.labels or in_turn)
     writers = {
         ".png": lambda file: grid_image(images, model.num_classes).save(file, "PNG"),
         ".npy": lambda file: np.save(file, arrays["images"]),
@@ -1140,8 +1148,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
-                average = state.setdefault("average", torch.zeros_like(weight))
-                average.lerp_(weight.grad, 1 - group["momentum"])
+                if not state:
+                    state["average"] = torch.zeros_like(weight)
+                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
                 ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
                 matrix = ahead.flatten(1)  # [out, in, k, k] -> [out, in * k * k]
                 size = 0.2 * math.sqrt(max(matrix.shape))

@@ -1,6 +1,7 @@
 """Images: published sets where they lie, images of one's own, what is said of broken ones."""
 
 import gzip
+import re
 import shutil
 import ssl
 import threading
@@ -223,13 +224,13 @@ def test_npz_files_as_many_publish_them(arrays, sizes, labeled, tmp_path):
     (images, labels), (test_images, test_labels) = program.load_images(save(tmp_path, **arrays))
     first = next(iter(arrays.values()))
     assert (len(images), len(test_images)) == sizes
-    assert np.array_equal(program.to_arrays(images[:7]), first[:7].reshape(7, *first.shape[1:3], -1)
-                          .squeeze())  # fmt: skip
+    plain = first[..., 0] if first.shape[3:] == (1,) else first  # as `to_arrays` writes them
+    assert np.array_equal(program.to_arrays(images[:7]), plain[:7])
     assert (labels is not None) == labeled == (test_labels is not None)
     if labeled:
         assert torch.equal(labels, torch.arange(sizes[0]) % 3) and labels.dtype == torch.int64
     if sizes == (95, 5):
-        assert np.array_equal(program.to_arrays(test_images), first[95:].reshape(5, *first.shape[1:3], -1).squeeze())  # fmt: skip  # noqa: E501
+        assert np.array_equal(program.to_arrays(test_images), plain[95:])
 
 
 def test_a_data_set_takes_its_own_size_once(tmp_path):
@@ -264,7 +265,7 @@ def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path, capsys):
     options = ["--dataset", save(tmp_path, **arrays), "--output-dir", tmp_path / "out", *TINY]
     code, message = run_main(*options, "--max-steps", 1)
     assert code == 2 and "\n" not in message
-    pytest.raises(ValueError, lambda: (_ for _ in ()).throw(ValueError(message))).match(words)
+    assert re.search(words, message), message
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
