@@ -53,9 +53,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# --------------------------------------------------------------------------------------------------
-# The schedule, the forward process, the reverse step
-# --------------------------------------------------------------------------------------------------
+# --- The schedule, the forward process, the reverse step ------------------------------------------
 
 # The largest beta. 1 would erase x_0 altogether, and every formula below divides by what is left.
 MAX_BETA = 0.999
@@ -239,8 +237,10 @@ class NoiseScheduler(nn.Module):
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, shaped like x_t; drawn if not given.
             clamp: keep the predicted x_0 in [-1, 1], where images live, as DDPM's code does and
-                Algorithm 2 does not. An x_0 outside would make the next x_t, and so the next x_0,
-                worse. (Clamping x_t instead would cut off noise that belongs to it.)
+                Algorithm 2 does not. predict_x0 divides an error of noise_pred by
+                sqrt(alpha-bar_t), 5e-5 at t = 999, so a network's plain answer may give any x_0
+                there. (By v-prediction, see `UNet`, x_0 goes little beyond the range.) Clamping
+                x_t instead would cut off noise that belongs to it.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -275,9 +275,7 @@ def look_up(table: Tensor, t: Tensor | int) -> Tensor:
     return table.gather(0, t).reshape(-1, 1, 1, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The network
-# --------------------------------------------------------------------------------------------------
+# --- The network ----------------------------------------------------------------------------------
 
 
 class SinusoidalPositionalEmbedding(nn.Module):

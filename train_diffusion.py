@@ -22,6 +22,7 @@ import contextlib
 import copy
 import gzip
 import io
+import itertools
 import math
 import os
 import shlex
@@ -75,9 +76,7 @@ GUIDANCE = 0.2  # strength of classifier-free guidance
 NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
 CHUNK = 250  # images that are drawn or measured together
 
-# --------------------------------------------------------------------------------------------------
-# Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside
-# --------------------------------------------------------------------------------------------------
+# --- Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside ----------------------
 
 
 def to_model(images: Tensor) -> Tensor:
@@ -90,9 +89,7 @@ def to_uint8(x_0: Tensor) -> Tensor:
     return ((x_0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# --------------------------------------------------------------------------------------------------
-# Training
-# --------------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def training_loss(
@@ -118,26 +115,10 @@ def training_loss(
         noise: shaped like x_0; drawn if not given.
     """
     if t is None:
-        t = draw_timesteps(len(x_0), scheduler.num_timesteps, device=x_0.device)
+        t = torch.randint(scheduler.num_timesteps, (len(x_0),), device=x_0.device)
     x_t, noise = scheduler.add_noise(x_0, t, noise)
     noise_pred = model(x_t, t, labels)
     return (noise - noise_pred).square().mean(dim=(1, 2, 3))
-
-
-def draw_timesteps(
-    batch_size: int,
-    num_timesteps: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """t ~ Uniform{0, ..., T - 1}, int64 [B].
-
-    Stratified: T is cut into B equal slices, and image i draws from the i-th. So no batch happens
-    to be all early or all late, and the loss is steadier.
-    """
-    u = torch.rand(batch_size, generator=generator, device=device)
-    t = (torch.arange(batch_size, device=device) + u) / batch_size * num_timesteps
-    return t.long().clamp(max=num_timesteps - 1)  # rounding may reach T
 
 
 def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespace) -> None:
@@ -184,7 +165,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
 
     # Resume.
     if args.resume:
-        saved = load_checkpoint(path)
+        saved = args.saved
         if (saved["unet"], saved["num_images"]) != (shape, len(images)):
             raise ValueError(f"--resume: {args.dataset} is not what {path} was trained on")
         model.load_state_dict(saved["model"])
@@ -222,10 +203,12 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         clock = saved_at = time.monotonic()
         signals.deferred = True
         for batch in bar:
-            # Draw timesteps, noise, and whose label to drop, since `guided_noise` needs a network
-            # that knows images without one. The generator's own seed makes every step repeatable.
+            # Draw t, noise, and whose label to drop (`guided_noise` needs a network that also knows
+            # images without one). t is uniform; image i of B has its t from the i-th of B slices of
+            # T (stratified). The generator's own seed makes every step repeatable.
             draw = {"generator": generator_for(f"step {step}", args.seed, device), "device": device}
-            t = draw_timesteps(batch_size, args.timesteps, **draw)[share]
+            u = torch.randint(args.timesteps, (batch_size,), **draw)
+            t = (torch.arange(batch_size, device=device) * args.timesteps + u)[share] // batch_size
             noise = torch.randn(batch_size, *model.image_shape, **draw)[share]
             dropped = torch.rand(batch_size, **draw)[share] < args.label_dropout
             x_0 = to_model(images[batch])
@@ -276,12 +259,9 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         row = {"epoch": epoch, "step": step, "train_loss": losses[: step - start].mean().item()}
         if rank == 0:
             t, errors = held_out_loss(ema, scheduler, test_images, test_labels, args.seed)
-            before = history[-1] if history else {"step": 0, "seconds": 0.0}
-            speed = (step - before["step"]) * batch_size / (seconds - before["seconds"])
             row |= {"val_loss": errors.mean().item(), "seconds": seconds}
-            row |= {"images_per_second": speed}
             write_log(folder / "train_log.csv", [*history, row])
-            draw_loss_curve(folder / "loss_curve.png", [*history, row], t, errors, args.timesteps)
+            draw_loss_curve(folder / "loss_curve.png", [*history, row], t, errors)
             if epoch % args.sample_every == 0 or step == last_step:
                 grid = sample(ema, scheduler, args.num_samples, seed=args.seed, **args.sampler)
                 with not_vital(folder / f"samples_epoch_{epoch}.png") as file:
@@ -290,10 +270,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
                 strips = [s for s in strips if s[0] < epoch and s[1].shape == strip.shape]
                 strips.append((epoch, strip))
                 draw_progress(folder / "samples_progress.png", strips)
-            say(
-                f"epoch {epoch}/{args.epochs}  loss {row['train_loss']:.4f}  held-out "
-                f"{row['val_loss']:.4f}  {speed:.0f} images/s  {seconds / 60:.1f} min"
-            )
+            losses_said = f"loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}"
+            say(f"epoch {epoch}/{args.epochs}  {losses_said}  {seconds / 60:.1f} min")
         if step == start + steps_per_epoch:  # else --max-steps cut it short; --resume completes it
             history.append(row)
             save()
@@ -313,11 +291,11 @@ def held_out_loss(
 ) -> tuple[Tensor, Tensor]:
     """The training loss of images that are never trained on, at the same t and noise every time.
 
-    images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], and the loss of
-    each image, float32 [N].
+    images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], evenly spaced,
+    and the loss of each image, float32 [N].
     """
     generator = generator_for("held-out loss", seed, images.device)
-    t = draw_timesteps(len(images), scheduler.num_timesteps, generator, images.device)
+    t = torch.arange(len(images), device=images.device) * scheduler.num_timesteps // len(images)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     losses = []
     for i in range(0, len(images), CHUNK):
@@ -332,9 +310,7 @@ def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -
     return torch.Generator(device).manual_seed(zlib.crc32(f"{purpose}, seed {seed}".encode()))
 
 
-# --------------------------------------------------------------------------------------------------
-# Sampling
-# --------------------------------------------------------------------------------------------------
+# --- Sampling -------------------------------------------------------------------------------------
 
 
 def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
@@ -408,6 +384,18 @@ def labels_in_turn(
     return torch.arange(num_samples, device=device) % num_classes if num_classes else None
 
 
+def columns_for(num_classes: int | None) -> int:
+    """So many columns, about ten, that each of them shows one class when labels are in turn."""
+    classes = num_classes or 1
+    return classes * max(1, 10 // classes)
+
+
+def full_rows(about: int, num_classes: int | None) -> int:
+    """About so many images that they fill the rows of a grid."""
+    columns = columns_for(num_classes)
+    return columns * max(1, about // columns)
+
+
 def sample(
     model: UNet,
     scheduler: NoiseScheduler,
@@ -430,8 +418,8 @@ def sample(
     """
     device, classes = scheduler.betas.device, model.num_classes
     if labels is None:
-        columns = classes or 10
-        num_samples = num_samples or columns * max(1, NUM_SAMPLES // columns)
+        if num_samples is None:
+            num_samples = full_rows(NUM_SAMPLES, classes)
         labels = labels_in_turn(num_samples, classes, device)
     else:
         if classes is None:
@@ -444,6 +432,8 @@ def sample(
                 f"num_samples (--num-samples) is {num_samples} for {len(labels)} labels"
             )
         num_samples = len(labels)
+    if num_samples < 1:
+        raise ValueError("num_samples (--num-samples) must be 1 or more")
     generator = generator_for("sampling", seed, device)
     images = []
     for i in progress_bar(range(0, num_samples, CHUNK), "sampling"):
@@ -456,9 +446,7 @@ def sample(
     return torch.cat(images)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files. (Nothing from here on is needed to understand diffusion.)
-# --------------------------------------------------------------------------------------------------
+# --- Files. (Nothing from here on is needed to understand diffusion.) -----------------------------
 
 MAX_LABEL = 9999  # every label up to the largest has a row in the network
 CHECKPOINT_FORMAT = "diffusion 4"  # changes when earlier files no longer fit
@@ -614,7 +602,8 @@ def not_vital(path: Path) -> Iterator[Path]:
 def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     """A table with commas, as spreadsheets read it."""
     with not_vital(path):
-        lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+        names = list(rows[-1])
+        lines = [",".join(names), *(",".join(str(row[name]) for name in names) for row in rows)]
         write_file(path, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
 
 
@@ -652,18 +641,14 @@ def load_model(
 
 def keep_earlier_checkpoint(path: Path) -> None:
     """Move an earlier run's checkpoint to the first free numbered name: none is overwritten."""
-    number, kept = 0, path
-    while kept.exists():
-        number += 1
-        kept = path.with_name(f"{path.stem}_{number}{path.suffix}")
-    if number:
+    if path.exists():
+        names = (path.with_name(f"{path.stem}_{i}{path.suffix}") for i in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
         path.rename(kept)
         say(f"{path} is from an earlier run: kept as {kept.name}")
 
 
-# --------------------------------------------------------------------------------------------------
-# Processes, devices, signals, messages
-# --------------------------------------------------------------------------------------------------
+# --- Processes, devices, signals, messages --------------------------------------------------------
 
 
 def torchrun_variables() -> tuple[int, int, int]:
@@ -803,9 +788,7 @@ def command_line(*options: object) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-# --------------------------------------------------------------------------------------------------
-# Pictures. (They help to understand diffusion; how they are drawn does not.)
-# --------------------------------------------------------------------------------------------------
+# --- Pictures. (They help to understand diffusion; how they are drawn does not.) ------------------
 
 
 @contextlib.contextmanager
@@ -834,8 +817,8 @@ def draw_images(
 
 
 def grid_image(images: Tensor, num_classes: int | None) -> Image.Image:
-    """uint8 images [N, C, H, W] as one picture: a column for every class, or ten."""
-    grid = make_grid(images.cpu(), nrow=num_classes or 10, padding=2)
+    """uint8 images [N, C, H, W] as one picture, each column of one class."""
+    grid = make_grid(images.cpu(), nrow=columns_for(num_classes), padding=2)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
 
 
@@ -846,22 +829,17 @@ def draw_progress(path: Path, strips: list[tuple[int, Tensor]]) -> None:
     draw_images(path, images, rows, columns, "Samples from the same noise")
 
 
-def draw_loss_curve(
-    path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor, num_timesteps: int
-) -> None:
-    """Loss by epoch, from the log, and by timestep, from the held-out images: t and losses [N]."""
+def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor) -> None:
+    """Loss by epoch, from the log, and by timestep: a dot for each held-out image's t and loss."""
     with figure_at(path, 11, 4) as figure:
         by_epoch, by_timestep = figure.subplots(1, 2)
         epochs = [row["epoch"] for row in rows]
         for key, label in (("train_loss", "training"), ("val_loss", "held-out, averaged weights")):
             by_epoch.plot(epochs, [row[key] for row in rows], marker="o", label=label)
-        by_epoch.set(xlabel="epoch", title="Loss")
+        by_epoch.set(xlabel="epoch", title="Loss", xlim=(0.5, epochs[-1] + 0.5))
         by_epoch.xaxis.get_major_locator().set_params(integer=True)
         by_epoch.legend()
-        edges = np.linspace(0, num_timesteps, min(10, num_timesteps) + 1)
-        bins = torch.bucketize(t.cpu(), torch.tensor(edges[1:-1]), right=True)
-        means = [losses.cpu()[bins == i].mean().item() for i in range(len(edges) - 1)]
-        by_timestep.bar(edges[:-1], means, np.diff(edges), align="edge", edgecolor="white")
+        by_timestep.scatter(t.cpu(), losses.cpu(), s=4)
         by_timestep.set(xlabel="timestep t", title=f"Held-out loss by t, after epoch {epochs[-1]}")
         for axes in (by_epoch, by_timestep):
             axes.set(ylabel="mean squared error of the predicted noise", yscale="log")
@@ -903,8 +881,9 @@ def draw_denoising(
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     device = scheduler.betas.device
     generator = generator_for("denoising pictures", seed, device)
-    x_T = torch.randn(40, *model.image_shape, generator=generator, device=device)
-    labels = labels_in_turn(40, model.num_classes, device)
+    num_images = full_rows(40, model.num_classes)
+    x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
+    labels = labels_in_turn(num_images, model.num_classes, device)
     options = {**options, "generator": generator}
     way = [
         (t, to_uint8(x_t).cpu(), to_uint8(x_0).cpu())
@@ -918,16 +897,14 @@ def draw_denoising(
     with not_vital(folder / "denoising.gif"):
         frames = []
         for _, x_t, _ in way[:: -math.ceil(len(way) / 50)]:  # at most 50, the result among them
-            frame = grid_image(x_t // 16 * 17, 10)  # 16 grays, for a smaller file
+            frame = grid_image(x_t // 16 * 17, model.num_classes)  # 16 grays, for a smaller file
             frames.insert(0, ImageOps.scale(frame, 2, Image.Resampling.NEAREST))
         times = [80] * (len(frames) - 1) + [2500]  # milliseconds
         gif = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         write_file(folder / "denoising.gif", lambda file: frames[0].save(file, "GIF", **gif))
 
 
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
+# --- The command line -----------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -976,8 +953,8 @@ def make_parser() -> Parser:
     add("--timesteps", type=number(int, 2, 10**5), default=1000, help="T (%(default)s)")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="(%(default)s)")
     add("--base-channels", type=count, default=48, help="width, a multiple of 24 (%(default)s)")
-    dropout = "share of labels that training drops; 1: all, for a plain model (%(default)s)"
-    add("--label-dropout", type=number(float, 0, 1), default=0.1, help=dropout)
+    dropout = "share of labels to drop, for guidance; 1: all, for a plain model (%(default)s)"
+    add("--label-dropout", type=number(float, 1e-3, 1), default=0.1, help=dropout)
     add("--max-steps", type=count, metavar="N", help="end early, after N steps in all")
     add("--resume", action="store_true", help="go on with OUTPUT_DIR/checkpoint.pt as it was")
 
@@ -1012,10 +989,11 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--sample-only and --resume exclude each other")
     if args.resume:
         path = args.output_dir / "checkpoint.pt"
-        settings = load_checkpoint(path).get("settings")
-        if settings is None:
+        saved = load_checkpoint(path)
+        if "settings" not in saved:
             raise ValueError(f"--resume: {path} holds weights to draw with, not a run")
-        parser.set_defaults(**settings)
+        settings = saved["settings"]
+        parser.set_defaults(saved=saved, **settings)
         args = parser.parse_args(argv)  # what was typed wins, where it may
         for name, old in settings.items():
             new, option = getattr(args, name), f"--{name.replace('_', '-')}"
@@ -1033,8 +1011,6 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"argument --dataset: must be {', '.join(IDX_SETS)} or an .npz file")
     if args.base_channels % BASE_CHANNELS_FACTOR:
         parser.error(f"argument --base-channels: must be a multiple of {BASE_CHANNELS_FACTOR}")
-    if args.label_dropout == 0:
-        parser.error("argument --label-dropout: must be above 0, since guidance needs some dropped")
     if args.sample_steps > args.timesteps and not args.sample_only:
         parser.error(f"argument --sample-steps: {args.sample_steps} is more than --timesteps")
     if args.batch_size % num_processes:
@@ -1101,9 +1077,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------------------------------
-# The optimizer. (It is no part of diffusion: Algorithm 1 says "take gradient descent step on".)
-# --------------------------------------------------------------------------------------------------
+# --- The optimizer. (It is no part of diffusion: Algorithm 1 says "take gradient descent step on".)
 
 
 def make_optimizers(model: UNet, name: str) -> list[torch.optim.Optimizer]:

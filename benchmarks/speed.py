@@ -67,9 +67,11 @@ def our_step(device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
     def step() -> None:
         number, batch = next(numbers), next(batches)
         generator = train_diffusion.generator_for(f"step {number}", 0, device)
-        t = train_diffusion.draw_timesteps(BATCH_SIZE, scheduler.num_timesteps, generator, device)
-        noise = torch.randn(BATCH_SIZE, *model.image_shape, generator=generator, device=device)
-        dropped = torch.rand(BATCH_SIZE, generator=generator, device=device)
+        draw = {"generator": generator, "device": device}
+        u = torch.randint(scheduler.num_timesteps, (BATCH_SIZE,), **draw)
+        t = (torch.arange(BATCH_SIZE, device=device) * scheduler.num_timesteps + u) // BATCH_SIZE
+        noise = torch.randn(BATCH_SIZE, *model.image_shape, **draw)
+        dropped = torch.rand(BATCH_SIZE, **draw)
         x_0 = train_diffusion.to_model(images[batch])
         y = labels[batch].masked_fill(dropped < default("label_dropout"), model.no_label)
         with autocast(device):

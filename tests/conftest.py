@@ -1,5 +1,6 @@
 """What the tests share: a small piece of the real MNIST, and the program run as a user runs it."""
 
+import contextlib
 import os
 import struct
 import subprocess
@@ -15,11 +16,11 @@ import torch
 import train_diffusion
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_TRAIN, NUM_TEST = 256, 32
-# A network and a run so small that a step takes milliseconds; 8 steps make an epoch.
-TINY = ["--base-channels", "24", "--batch-size", "32", "--timesteps", "20"]
+NUM_TRAIN, NUM_TEST, BATCH_SIZE = 64, 16, 8
+STEPS_PER_EPOCH = NUM_TRAIN // BATCH_SIZE
+# A network and a run so small that a step takes milliseconds. 24 channels are the fewest.
+TINY = ["--base-channels", "24", "--batch-size", str(BATCH_SIZE), "--timesteps", "20"]
 TINY += ["--sample-steps", "2", "--num-samples", "4"]
-STEPS_PER_EPOCH = NUM_TRAIN // 32
 LONG = [*TINY, "--epochs", "1000", "--sample-every", "1000"]  # longer than any test lasts
 
 
@@ -48,29 +49,31 @@ def small_data(mnist, tmp_path_factory) -> Path:
     return data_dir
 
 
-def run_main(*options) -> tuple[int, str]:
-    """The program in this process, its figures left empty, which saves seconds.
+def run_main(*options, pictures: bool = False) -> tuple[int, str]:
+    """The program in this process, without what takes long: figures, and waiting for the disk.
 
     Returns the exit status that a user gets, and the sentence of the error if there is one.
     """
-    empty = mock.patch("matplotlib.figure.Figure.savefig", lambda *args, **options: None)
-    try:
-        with empty:
+    figures = [] if pictures else ["draw_images", "draw_loss_curve", "draw_noise_schedule"]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch("os.fsync"))
+        for name in figures:
+            stack.enter_context(mock.patch.object(train_diffusion, name))
+        try:
             train_diffusion.main([str(option) for option in options])
-        return 0, ""
-    except KeyboardInterrupt as interrupt:
-        return 128 + interrupt.args[0], ""
-    except (ValueError, FileNotFoundError) as error:
-        return 2, str(error)
-    except (OSError, ArithmeticError) as error:
-        return 1, str(error)
+            return 0, ""
+        except KeyboardInterrupt as interrupt:
+            return 128 + interrupt.args[0], ""
+        except (ValueError, FileNotFoundError) as error:
+            return 2, str(error)
+        except (OSError, ArithmeticError) as error:
+            return 1, str(error)
 
 
-def run_program(*options, **settings) -> subprocess.CompletedProcess:
-    """`python train_diffusion.py OPTIONS` in a process of its own."""
-    command = [sys.executable, str(ROOT / "train_diffusion.py"), *map(str, options)]
-    settings = {"capture_output": True, "text": True, "timeout": 100, **settings}
-    return subprocess.run(command, check=False, **settings)
+def run_program(*options, launcher=()) -> subprocess.CompletedProcess:
+    """`python LAUNCHER train_diffusion.py OPTIONS` in a process of its own."""
+    words = [sys.executable, *launcher, ROOT / "train_diffusion.py", *options]
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=100)
 
 
 def checkpoint(folder: Path) -> dict:

@@ -6,37 +6,43 @@ import shutil
 import ssl
 import threading
 import urllib.error
-import urllib.request
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY, checkpoint, idx, run_main, same_run
+from conftest import TINY, checkpoint, idx, run_main, same_run
 from PIL import Image
 
 import train_diffusion as program
 
-FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in
-         ("images-idx3", "labels-idx1")]  # fmt: skip
+KINDS = ("images-idx3", "labels-idx1")
+FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in KINDS]
 
 
-def make_set(folder, packed=True, count=70):
-    """A data set in MNIST's layout, four files, of `count` training images and 20 others."""
+def make_set(folder, packed=True):
+    """A data set in MNIST's layout, four files, of 70 training images and 20 others."""
     folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(0)
-    for split, n in (("train", count), ("t10k", 20)):
-        images = torch.randint(0, 256, (n, 28, 28), generator=generator)
-        for kind, array in (("images-idx3", images), ("labels-idx1", torch.arange(n) % 10)):
-            name = f"{split}-{kind}-ubyte" + ".gz" * packed
-            (folder / name).write_bytes(gzip.compress(idx(array)) if packed else idx(array))
+    for name in FILES:
+        count = 70 if name.startswith("train") else 20
+        images, labels = torch.randint(0, 256, (count, 28, 28)), torch.arange(count) % 10
+        content = idx(labels if "labels" in name else images)
+        path = folder / (name if packed else name.removesuffix(".gz"))
+        path.write_bytes(gzip.compress(content) if packed else content)
 
 
-@pytest.fixture()
+@pytest.fixture
+def raw(tmp_path):
+    """A folder with such a set, as a part of the --data-dir tmp_path."""
+    make_set(tmp_path / "MNIST" / "raw")
+    return tmp_path / "MNIST" / "raw"
+
+
+@pytest.fixture
 def no_network(monkeypatch):
-    def refuse(*arguments, **options):
-        raise urllib.error.URLError(ssl.SSLCertVerificationError("certificate has expired"))
-
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    cause = ssl.SSLCertVerificationError("certificate has expired")
+    refuse = mock.Mock(side_effect=urllib.error.URLError(cause))
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
 # --- into the model and back ----------------------------------------------------------------------
@@ -59,15 +65,6 @@ def test_pixels_go_into_the_model_and_back_unchanged():
     assert program.to_uint8(torch.tensor([-1.5, 0.0, 1.5])).tolist() == [0, 128, 255]
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 12), (2, 8, 12, 3)])
-def test_files_hold_images_as_numpy_people_expect(shape):
-    array = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    images, labels = program.to_tensors(ROOT, array, None)
-    assert images.shape == (2, len(shape) == 4 and 3 or 1, 8, 12) and labels is None
-    assert images[1, 0, 3, 5] == array[1, 3, 5].reshape(-1)[0]
-    assert np.array_equal(program.to_arrays(images), array)
-
-
 # --- published sets -------------------------------------------------------------------------------
 
 
@@ -84,235 +81,197 @@ def test_a_published_set_is_read_where_it_lies(dataset, packed, tmp_path, no_net
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def break_file(path, how):
-    content = path.read_bytes()
-    broken = {
-        "empty": b"",
-        "no archive": b"<html>not found</html>",
-        "half": content[: len(content) // 2],
-        "flipped": content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-        "another file": gzip.compress(b"\0\0\x0d\x03" + bytes(16)),
-        "too long": gzip.compress(gzip.decompress(content) + b"\0"),
-        "too short": gzip.compress(gzip.decompress(content)[:-1]),
-        "header alone": gzip.compress(gzip.decompress(content)[:6]),
-    }
-    path.write_bytes(broken[how])
+BREAKS = {
+    "empty": lambda content: b"",
+    "no archive": lambda content: b"<html>not found</html>",
+    "half": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
+    "another file": lambda content: gzip.compress(b"\0\0\x0d\x03" + bytes(16)),
+    "too long": lambda content: gzip.compress(gzip.decompress(content) + b"\0"),
+    "too short": lambda content: gzip.compress(gzip.decompress(content)[:-1]),
+    "header alone": lambda content: gzip.compress(gzip.decompress(content)[:6]),
+    "unpacked": lambda content: None,
+}
 
 
-BREAKS = ["empty", "no archive", "half", "flipped", "another file", "too long", "too short"]
-
-
-@pytest.mark.parametrize("how", [*BREAKS, "header alone"])
+@pytest.mark.parametrize("how", BREAKS)
 @pytest.mark.parametrize("name", [FILES[0], FILES[3]])
-def test_a_damaged_file_is_named_with_a_remedy(how, name, tmp_path):
-    make_set(tmp_path / "MNIST" / "raw")
-    break_file(tmp_path / "MNIST" / "raw" / name, how)
+def test_a_damaged_file_is_named_with_a_remedy(how, name, raw, tmp_path):
+    content, path = (raw / name).read_bytes(), raw / name
+    if how == "unpacked":
+        path.unlink()
+        path = path.with_suffix("")
+        path.write_bytes(gzip.decompress(content)[:-1])
+    else:
+        path.write_bytes(BREAKS[how](content))
     with pytest.raises(OSError, match="is damaged .*published file") as error:
         program.load_images("MNIST", tmp_path)
-    assert str(tmp_path / "MNIST" / "raw" / name) in str(error.value)
-    assert "\n" not in str(error.value)
+    assert f"{path} " in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_damaged_unpacked_file_is_named(tmp_path):
-    make_set(tmp_path / "MNIST" / "raw", packed=False)
-    path = tmp_path / "MNIST" / "raw" / FILES[0][:-3]
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(OSError, match=f"{path.name} is damaged"):
-        program.load_images("MNIST", tmp_path)
-
-
-def test_labels_and_images_of_different_number_are_refused(tmp_path):
-    make_set(tmp_path / "MNIST" / "raw")
-    (tmp_path / "MNIST" / "raw" / FILES[1]).write_bytes(gzip.compress(idx(torch.zeros(69))))
+def test_files_that_do_not_fit_together_and_one_that_may_not_be_read(raw, tmp_path, monkeypatch):
+    (raw / FILES[1]).write_bytes(gzip.compress(idx(torch.zeros(69))))
     with pytest.raises(ValueError, match="one for each image"):
         program.load_images("MNIST", tmp_path)
-
-
-def test_a_file_that_may_not_be_read_says_so(tmp_path, monkeypatch):
-    make_set(tmp_path / "MNIST" / "raw")
-
-    def denied(*arguments):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(program.gzip, "open", denied)
-    with pytest.raises(OSError, match="is not yours to use") as error:
+    denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr("gzip.open", denied)
+    with pytest.raises(OSError, match=f"{FILES[0]} is not yours to use"):
         program.load_images("MNIST", tmp_path)
-    assert FILES[0] in str(error.value) and "damaged" not in str(error.value)
 
 
-def test_a_missing_file_without_network_names_every_address_and_its_cause(no_network, tmp_path):
-    make_set(tmp_path / "MNIST" / "raw")
-    (tmp_path / "MNIST" / "raw" / FILES[2]).unlink()
+def test_a_missing_file_names_every_address_and_its_cause(no_network, raw, tmp_path):
+    (raw / FILES[2]).unlink()
     with pytest.raises(OSError, match="is missing") as error:
         program.load_images("MNIST", tmp_path)
-    message = str(error.value)
-    assert str(tmp_path / "MNIST" / "raw" / FILES[2]) in message and "Put" in message
-    mirrors = program.datasets.MNIST.mirrors
+    message, mirrors = str(error.value), program.datasets.MNIST.mirrors
+    assert str(raw / FILES[2]) in message and "Put" in message
     assert all(mirror + FILES[2] in message for mirror in mirrors)
     assert message.count("certificate has expired") == len(mirrors)
-    assert sorted(path.name for path in (tmp_path / "MNIST" / "raw").iterdir()) == sorted(
-        set(FILES) - {FILES[2]}
-    )
-
-
-def test_a_missing_file_in_a_folder_that_cannot_be_made_says_so(tmp_path):
-    (tmp_path / "MNIST").write_text("a file, no folder")
+    assert {path.name for path in raw.iterdir()} == {*FILES} - {FILES[2]}
+    (tmp_path / "file").touch()
     with pytest.raises(OSError, match="its folder cannot be written to"):
-        program.load_images("MNIST", tmp_path)
+        program.load_images("MNIST", tmp_path / "file")
 
 
 def test_missing_files_are_downloaded_whole_by_several_at_once(tmp_path, monkeypatch):
     """Three first runs at the same time, and an address that gives the wrong file."""
     make_set(tmp_path / "source")
-    asked = []
+    results = []
 
     def fake_download(url, root, filename, md5):
-        asked.append(url)
-        if url.startswith(program.datasets.KMNIST.mirrors[0]) and len(asked) == 1:
+        if url.startswith("https://wrong/"):
             raise RuntimeError("File not found or corrupted.")
         shutil.copy(tmp_path / "source" / filename, root)
 
+    def first_run():
+        results.append(program.load_images("KMNIST", tmp_path))
+
     monkeypatch.setattr(program.datasets.utils, "download_url", fake_download)
-    monkeypatch.setattr(program.datasets.KMNIST, "mirrors", ["https://a/", "https://b/"])
-    results = []
-    threads = [
-        threading.Thread(target=lambda: results.append(program.load_images("KMNIST", tmp_path)))
-        for _ in range(3)
-    ]
+    monkeypatch.setattr(program.datasets.KMNIST, "mirrors", ["https://wrong/", "https://right/"])
+    threads = [threading.Thread(target=first_run) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [len(train[0]) for train, _ in results] == [70] * 3
-    assert sorted(p.name for p in (tmp_path / "KMNIST" / "raw").iterdir()) == sorted(FILES)
+    assert {path.name for path in (tmp_path / "KMNIST" / "raw").iterdir()} == {*FILES}
 
 
 # --- images of one's own --------------------------------------------------------------------------
 
 RANDOM = np.random.default_rng(0)
-GREY = RANDOM.integers(0, 256, (100, 16, 16), dtype=np.uint8)
+GRAY = RANDOM.integers(0, 256, (100, 16, 12), dtype=np.uint8)
 COLOR = RANDOM.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
 LABELS = np.arange(100) % 3
 
 
 def save(tmp_path, **arrays):
-    path = tmp_path / "own.npz"
-    np.savez(path, **arrays)
-    return path
+    np.savez(tmp_path / "own.npz", **arrays)
+    return tmp_path / "own.npz"
 
 
 @pytest.mark.parametrize(
-    "arrays, sizes, labeled",
+    "arrays, sizes",
     [
-        ({"images": GREY}, (95, 5), False),
-        ({"images": GREY[..., None], "labels": LABELS[:, None].astype(np.uint8)}, (95, 5), True),
-        ({"images": COLOR, "labels": LABELS.astype(float)}, (95, 5), True),
+        ({"images": GRAY}, (95, 5)),
+        ({"images": GRAY[..., None], "labels": LABELS[:, None].astype(np.uint8)}, (95, 5)),
+        ({"images": COLOR, "labels": LABELS.astype(float)}, (95, 5)),
         (
             {"train_images": COLOR, "train_labels": LABELS, "val_images": COLOR[:3]}
             | {"test_images": COLOR[:7], "test_labels": LABELS[:7]},
             (100, 7),
-            True,
         ),
         (
-            {"x_train": GREY, "y_train": LABELS, "x_test": GREY[:9], "y_test": LABELS[:9]},
+            {"x_train": GRAY, "y_train": LABELS} | {"x_test": GRAY[:9], "y_test": LABELS[:9]},
             (100, 9),
-            True,
         ),
     ],
 )
-def test_npz_files_as_many_publish_them(arrays, sizes, labeled, tmp_path):
+def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
+    """And held-out images that are a part of the others take no memory of their own."""
     (images, labels), (test_images, test_labels) = program.load_images(save(tmp_path, **arrays))
-    first = next(iter(arrays.values()))
     assert (len(images), len(test_images)) == sizes
+    first = next(iter(arrays.values()))
+    assert images.untyped_storage().nbytes() == first.nbytes
     plain = first[..., 0] if first.shape[3:] == (1,) else first  # as `to_arrays` writes them
-    assert np.array_equal(program.to_arrays(images[:7]), plain[:7])
-    assert (labels is not None) == labeled == (test_labels is not None)
-    if labeled:
+    held_out = plain[95:] if sizes == (95, 5) else plain[: sizes[1]]
+    for tensor, array in ((images, plain[: sizes[0]]), (test_images, held_out)):
+        assert np.array_equal(program.to_arrays(tensor), array)
+        assert np.array_equal(tensor[2, 0, 3], array[2, 3].reshape(array.shape[2], -1)[:, 0])
+    if len(arrays) == 1:
+        assert labels is None and test_labels is None
+    else:
         assert torch.equal(labels, torch.arange(sizes[0]) % 3) and labels.dtype == torch.int64
-    if sizes == (95, 5):
-        assert np.array_equal(program.to_arrays(test_images), plain[95:])
-
-
-def test_a_data_set_takes_its_own_size_once(tmp_path):
-    images, _ = program.load_images(save(tmp_path, images=COLOR))[0]
-    assert images.untyped_storage().nbytes() == COLOR.nbytes  # held-out images are a part of it
+        assert len(test_labels) == sizes[1]
 
 
 @pytest.mark.parametrize(
     "arrays, words",
     [
-        ({"pictures": GREY}, "called images"),
-        ({"test_images": GREY}, "called images"),
-        ({"images": GREY / 255}, "uint8.*float64"),
+        ({"pictures": GRAY}, "called images"),
+        ({"test_images": GRAY}, "called images"),
+        ({"images": GRAY / 255}, "uint8.*float64"),
         ({"images": COLOR.transpose(0, 3, 1, 2)}, r"\[100, 3, 32, 32\]"),
         ({"images": np.zeros((9, 8, 8, 4), np.uint8)}, r"\[9, 8, 8, 4\]"),
         ({"images": np.zeros((9, 64), np.uint8)}, r"\[9, 64\]"),
-        ({"images": GREY[:0]}, "there must be images"),
-        ({"images": GREY[:, :15]}, "4 must divide.*15, 16.*Pad or resize"),
-        ({"images": GREY, "labels": LABELS[:99]}, "one for each"),
-        ({"images": GREY, "labels": LABELS - 1}, "from 0 to 9999"),
-        ({"images": GREY, "labels": LABELS + 0.5}, "whole numbers"),
-        ({"images": GREY, "labels": LABELS * np.nan}, "whole numbers"),
-        ({"images": GREY, "labels": np.eye(100, dtype=int)}, "one for each"),
-        ({"images": GREY, "labels": np.array(["cat"] * 100)}, "whole numbers"),
-        ({"images": GREY, "labels": LABELS + 10**9}, "from 0 to 9999"),
-        ({"images": GREY, "test_images": COLOR}, "other shapes"),
-        ({"images": GREY, "labels": LABELS, "test_images": GREY}, "labels where"),
-        ({"images": GREY[:10]}, "--batch-size: there are only 9 images"),
+        ({"images": GRAY[:0]}, "there must be images"),
+        ({"images": GRAY[:, :15]}, "4 must divide.*15, 12.*Pad or resize"),
+        ({"images": GRAY, "labels": LABELS[:99]}, "one for each"),
+        ({"images": GRAY, "labels": LABELS - 1}, "from 0 to 9999"),
+        ({"images": GRAY, "labels": LABELS + 0.5}, "whole numbers"),
+        ({"images": GRAY, "labels": LABELS * np.nan}, "whole numbers"),
+        ({"images": GRAY, "labels": np.eye(100, dtype=int)}, "one for each"),
+        ({"images": GRAY, "labels": np.array(["cat"] * 100)}, "whole numbers"),
+        ({"images": GRAY, "labels": LABELS + 10**9}, "from 0 to 9999"),
+        ({"images": GRAY, "test_images": COLOR}, "other shapes"),
+        ({"images": GRAY, "labels": LABELS, "test_images": GRAY}, "labels where"),
+        ({"images": GRAY[:8]}, "--batch-size: there are only 7 images"),
     ],
 )
-def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path, capsys):
+def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path):
     options = ["--dataset", save(tmp_path, **arrays), "--output-dir", tmp_path / "out", *TINY]
     code, message = run_main(*options, "--max-steps", 1)
-    assert code == 2 and "\n" not in message
-    assert re.search(words, message), message
+    assert code == 2 and "\n" not in message and re.search(words, message), message
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "text", "half", "pickled", "a folder"])
-def test_a_broken_npz_file_gets_one_line(kind, tmp_path):
-    path = save(tmp_path, images=GREY)
-    if kind == "pickled":
-        np.savez(path, images=np.array([{}, {}], dtype=object))
-    elif kind in ("missing", "a folder"):
-        path.unlink()
-        if kind == "a folder":
+def test_a_broken_npz_file_gets_one_line(tmp_path):
+    pickled = save(tmp_path, images=np.array([{}, {}], object)).read_bytes()
+    good = save(tmp_path, images=GRAY).read_bytes()
+    for number, content in enumerate((b"", b"hello\n", good[: len(good) // 2], pickled, None)):
+        path = tmp_path / f"{number}.npz"
+        if content is None:
             path.mkdir()
-    else:
-        content = path.read_bytes()
-        broken = {"empty": b"", "text": b"hello\n", "half": content[: len(content) // 2]}
-        path.write_bytes(broken[kind])
-    code, message = run_main("--dataset", path, "--output-dir", tmp_path / "out")
-    assert code == (2 if kind in ("missing", "a folder") else 1)
-    assert str(path) in message and "\n" not in message
+        else:
+            path.write_bytes(content)
+        code, message = run_main("--dataset", path, "--output-dir", tmp_path / "out")
+        assert code == (2 if content is None else 1), message
+        assert str(path) in message and "\n" not in message
 
 
-@pytest.mark.parametrize(
-    "images, labels",
-    [
-        (COLOR, LABELS),
-        (GREY[..., None], None),
-        (RANDOM.integers(0, 256, (100, 28, 28), np.uint8), None),
-    ],
-)
+@pytest.mark.parametrize("images, labels", [(COLOR, LABELS), (GRAY[..., None], None)])
 def test_own_images_through_training_resume_and_drawing(images, labels, tmp_path):
     """Channels, size and classes come from the data; what is drawn can be trained on again."""
     path = save(tmp_path, images=images, **({} if labels is None else {"labels": labels}))
-    options = [*TINY, "--dataset", path, "--batch-size", 10, "--epochs", 1, "--num-samples", 12]
-    assert run_main(*options, "--output-dir", tmp_path / "a") == (0, "")
-    assert run_main(*options, "--output-dir", tmp_path / "b", "--max-steps", 4) == (0, "")
-    resumed = ["--resume", "--output-dir", tmp_path / "b"]
-    assert run_main(*resumed) == (0, "") and same_run(tmp_path / "a", tmp_path / "b")
+    options = [*TINY, "--dataset", path, "--batch-size", 20, "--epochs", 1, "--num-samples", 12]
+    whole, stopped, drawn = tmp_path / "whole", tmp_path / "stopped", tmp_path / "drawn.npz"
+    assert run_main(*options, "--output-dir", whole, pictures=images is COLOR) == (0, "")
+    assert run_main(*options, "--output-dir", stopped, "--max-steps", 2) == (0, "")
+    assert run_main("--resume", "--output-dir", stopped) == (0, "") and same_run(whole, stopped)
     for name in ("samples_epoch_1.png", "denoising.gif"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    size, classes = images.shape[1], 3 if labels is not None else 10
-    with Image.open(tmp_path / "a" / "samples_epoch_1.png") as grid:  # 12 images, rows of `classes`
-        assert grid.size == (2 + classes * (size + 2), 2 + -(-12 // classes) * (size + 2))
-    out = tmp_path / "drawn.npz"
-    drawing = ["--sample-only", "--output-dir", tmp_path / "a", "--num-samples", 30]
-    assert run_main(*drawing, "--sample-steps", 2, "--output", out) == (0, "")
-    (again, labels_again), _ = program.load_images(out)
-    assert again.shape[1:] == (images.shape[3] if images.ndim == 4 else 1, size, size)
-    if labels is not None:
+        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
+    height, width, channels = images.shape[1:]
+    classes = None if labels is None else 3
+    columns = 9 if classes else 10
+    with Image.open(whole / "samples_epoch_1.png") as grid:  # 12 images, rows of `columns`
+        assert grid.size == (2 + columns * (width + 2), 2 + -(-12 // columns) * (height + 2))
+    drawing = ["--sample-only", "--output-dir", whole, "--sample-steps", 2, "--guidance", 2]
+    assert run_main(*drawing, "--num-samples", 30, "--output", drawn) == (0, "")
+    (again, labels_again), _ = program.load_images(drawn)
+    assert again.shape == (28, channels, height, width)
+    assert checkpoint(whole)["unet"]["num_classes"] == classes
+    if classes:
         assert torch.equal(labels_again, torch.arange(28) % 3)
-    assert checkpoint(tmp_path / "a")["unet"]["num_classes"] == (None if labels is None else 3)
+    else:
+        code, message = run_main(*drawing, "--labels", 3)
+        assert code == 2 and "--labels" in message and "without labels" in message
