@@ -174,9 +174,10 @@ def test_labels_are_drawn_in_their_order_and_guided_in_chunks(monkeypatch, guida
     "classes, num_samples, labels, message",
     [(10, None, bad, "labels.* 0 to 9") for bad in ([0, 10], [-1], [0.5], [1.0], [math.nan], [])]
     + [(None, None, [0], "labels.*without labels")]
-    + [(10, count, [0, 1, 2], f"num_samples.* {count} .*3 labels") for count in (1, 4)],
+    + [(10, count, [0, 1, 2], f"num_samples.* {count} .*3 labels") for count in (1, 4)]
+    + [(classes, 0, None, "num_samples.* 1 or more") for classes in (None, 10)],
 )
-def test_labels_that_cannot_be_drawn_are_refused(classes, num_samples, labels, message):
+def test_what_cannot_be_drawn_is_refused(classes, num_samples, labels, message):
     with pytest.raises(ValueError, match=message):
         Grays(classes).draw(num_samples, labels)
 

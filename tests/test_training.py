@@ -65,6 +65,7 @@ def test_the_held_out_loss_is_that_of_the_same_noise_at_evenly_spaced_t(mnist, m
     noise = torch.randn(images.shape, generator=program.generator_for("held-out loss", 0))
     expected = program.training_loss(model, scheduler, program.to_model(images), labels, t, noise)
     assert_same(losses, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert not losses.requires_grad
 
 
 def test_every_purpose_and_seed_has_its_own_numbers():
@@ -128,11 +129,13 @@ def spied_run(folder, *options) -> SimpleNamespace:
 
     The loss is multiplied, so that every gradient has to be clipped; nothing else depends on that.
     """
-    seen = SimpleNamespace(draws=[], weights=[], rates=[], norms=[])
+    seen = SimpleNamespace(draws=[], weights=[], averages=[], rates=[], norms=[])
     training_loss, muon_step = program.training_loss, program.Muon.step
 
     def spied_loss(model, scheduler, x_0, labels=None, t=None, noise=None):
-        if model.training:  # and not the average of the weights, for the held-out loss
+        if not model.training:  # the average of the weights, whose held-out loss ends an epoch
+            seen.averages.append(copy.deepcopy(model.state_dict()))
+        else:
             seen.model = model
             seen.draws.append((x_0, labels, t, noise))
             seen.weights.append(copy.deepcopy(model.state_dict()))
@@ -195,13 +198,15 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_and_huge_gradients_are_cli
 
 
 def test_the_average_follows_fast_at_first_and_slowly_later(run):
+    """After the first epoch, since in the end nothing is left of the first steps."""
     expected = run.weights[0]
-    for i, now in enumerate([*run.weights[1:], run.state["model"]]):
+    for i, now in enumerate(run.weights[1 : STEPS_PER_EPOCH + 1]):
         decay = min(0.3, (1 + i) / (10 + i))
         expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
-    for name, average in run.state["ema"].items():
-        assert_same(average, expected[name], rtol=1e-5, atol=1e-6)
-    assert not torch.equal(run.state["ema"]["stem.weight"], run.state["model"]["stem.weight"])
+    for name, average in run.averages[0].items():
+        assert_same(average, expected[name], rtol=1e-5, atol=1e-7)
+    assert not torch.equal(average, now[name])
+    assert torch.equal(run.averages[-1][name], run.state["ema"][name])  # which is kept
 
 
 def test_a_plain_model_learns_without_any_label_and_with_adam_alone(small_data, tmp_path):
