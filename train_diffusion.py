@@ -166,14 +166,15 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     # Resume.
     if args.resume:
         saved = args.saved
-        if (saved["unet"], saved["num_images"]) != (shape, len(images)):
+        if (saved.get("unet"), saved.get("num_images")) != (shape, len(images)):
             raise ValueError(f"--resume: {args.dataset} is not what {path} was trained on")
-        model.load_state_dict(saved["model"])
-        ema.load_state_dict(saved["ema"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step, seconds, losses = saved["step"], saved["seconds"], saved["losses"].to(device)
-        history, strips = saved["history"], saved["strips"]
+        with explained(path, "does not fit this program", "Name another --output-dir"):
+            model.load_state_dict(saved["model"])
+            ema.load_state_dict(saved["ema"])
+            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+            step, seconds, losses = saved["step"], saved["seconds"], saved["losses"].to(device)
+            history, strips = saved["history"], saved["strips"]
         if step >= last_step:
             asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {path} is at step {step}, and {asked}")

@@ -85,7 +85,7 @@ def same_state(first, second) -> bool:
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
-        keys = first.keys() - {"seconds", "images_per_second"}
+        keys = first.keys() - {"seconds"}
         return first.keys() == second.keys() and all(same_state(first[k], second[k]) for k in keys)
     if isinstance(first, (list, tuple)):
         return len(first) == len(second) and all(map(same_state, first, second))
