@@ -837,8 +837,8 @@ def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses:
         epochs = [row["epoch"] for row in rows]
         for key, label in (("train_loss", "training"), ("val_loss", "held-out, averaged weights")):
             by_epoch.plot(epochs, [row[key] for row in rows], marker="o", label=label)
-        by_epoch.set(xlabel="epoch", title="Loss", xlim=(0.5, epochs[-1] + 0.5))
-        by_epoch.xaxis.get_major_locator().set_params(integer=True)
+        by_epoch.set(xlabel="epoch", title="Loss")
+        by_epoch.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         by_epoch.legend()
         by_timestep.scatter(t.cpu(), losses.cpu(), s=4)
         by_timestep.set(xlabel="timestep t", title=f"Held-out loss by t, after epoch {epochs[-1]}")

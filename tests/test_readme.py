@@ -4,6 +4,8 @@ import re
 import shlex
 
 import numpy as np
+import pytest
+import torch
 from conftest import ROOT, TINY, run_main
 from PIL import Image
 
@@ -12,7 +14,9 @@ import train_diffusion as program
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
-CODE = [text for kind, text in BLOCKS if kind == "python"]
+# What each block of Python shows, by the picture that it saves.
+CODE = {name: text for kind, text in BLOCKS if kind == "python"
+        for name in re.findall(r'"(\w+)\.(?:png|npz)"', text)}  # fmt: skip
 
 
 def test_the_install_commands_start_from_nothing():
@@ -44,23 +48,97 @@ def test_every_other_command_of_the_program_works(small_data, tmp_path, monkeypa
         assert run_main(*options, *few) == (0, ""), options
 
 
-def test_every_block_of_python_runs(tmp_path, monkeypatch):
-    """A folder of pictures becomes a file that can be trained on."""
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """Runs a block as it stands. Returns the images of its picture, [rows, columns, 28, 28]."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name):
+        exec(CODE[name], {})
+        pixels = np.asarray(Image.open(f"{name}.png").convert("L")).astype(int)
+        rows, columns = pixels.shape[0] // 30, pixels.shape[1] // 30
+        cells = pixels[2:, 2:].reshape(rows, 30, columns, 30).swapaxes(1, 2)
+        return cells[:, :, :28, :28]  # without the gaps
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def look_like(mnist):
+    """Which digit each image is: that of the nearest of 4,000 real ones."""
+    images, labels = (part[:4000] for part in mnist[0])
+
+    def nearest(cells):
+        points = torch.tensor(cells.reshape(-1, 784)).float()
+        return labels[torch.cdist(points, images.flatten(1).float()).argmin(dim=1)].tolist()
+
+    return nearest
+
+
+def right(found, expected):
+    return sum(x == y for x, y in zip(found, expected, strict=True)) / len(found)
+
+
+def test_a_number_is_drawn(shown, look_like):
+    assert right(look_like(shown("number")), [2, 7, 1, 8, 2, 8, 1, 8, 2, 8]) >= 0.8
+
+
+def test_one_noise_gives_ten_digits_and_another_others(shown, look_like):
+    cells = shown("ten_labels")
+    assert right(look_like(cells), list(range(10)) * 3) >= 0.8
+    assert np.abs(cells[0] - cells[1]).mean(axis=(1, 2)).min() > 5
+
+
+def test_the_way_leads_from_noise_over_the_average_seven_to_a_seven(shown, look_like, mnist):
+    x_t, x_0 = shown("way")
+    images, labels = mnist[0]
+    average = images[labels == 7].float().mean(dim=0)[0].numpy()
+    assert np.corrcoef(x_0[0].ravel(), average.ravel())[0, 1] > 0.8
+    assert abs(np.corrcoef(x_t[0].ravel(), average.ravel())[0, 1]) < 0.2
+    assert np.array_equal(x_t[-1], x_0[-1]) and look_like(x_0[-1]) == [7]
+
+
+def test_a_walk_changes_a_little_at_every_stop(shown, look_like):
+    (cells,) = shown("walk")
+    assert right(look_like(cells), [4] * 10) >= 0.7
+    steps = np.abs(np.diff(cells, axis=0)).mean(axis=(1, 2))
+    assert steps.max() < np.abs(cells[0] - cells[-1]).mean()
+
+
+def test_a_filled_in_digit_keeps_its_known_half(shown, look_like, mnist):
+    real, filled = shown("filled_in")
+    images, labels = (part[:10] for part in mnist[1])
+    assert np.array_equal(real, images[:, 0]) and np.array_equal(filled[:, :14], real[:, :14])
+    assert np.abs(filled[:, 14:] - real[:, 14:]).mean() > 5
+    assert right(look_like(filled), labels.tolist()) >= 0.8
+
+
+def test_more_noise_brings_back_less_of_a_digit(shown, look_like, mnist):
+    real, *rows = shown("halfway")
+    assert np.array_equal(real, mnist[1][0][:10, 0])
+    changes = [np.abs(row - real).mean() for row in rows]
+    assert changes == sorted(changes) and changes[-1] > 2 * changes[0]
+    assert right(look_like(rows[-1]), mnist[1][1][:10].tolist()) >= 0.8
+
+
+def test_a_folder_of_pictures_becomes_a_data_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("cats", "dogs"):
         (tmp_path / "my_pictures" / name).mkdir(parents=True)
         for i in range(20):
             array = np.full((40 + i, 50, 3), 200 if name == "dogs" else 50, np.uint8)
             Image.fromarray(array).save(tmp_path / "my_pictures" / name / f"{i}.png")
-    scope = {}
-    for text in CODE:
-        exec(text, scope)
-    assert scope["digits"].shape == (5, 1, 28, 28)
-    with Image.open("guidance.png") as guidance:  # four rows of ten digits
-        assert guidance.size == (2 + 10 * 30, 2 + 4 * 30)
+    exec(CODE["my_pictures"], {})
     (images, labels), _ = program.load_images("my_pictures.npz")
     assert images.shape == (38, 3, 32, 32)
     assert [200 if label else 50 for label in labels] == images[:, 0, 16, 16].tolist()
+
+
+def test_every_block_has_its_test_and_twelve_lines_at_most():
+    tested = {"number", "ten_labels", "way", "walk", "filled_in", "halfway", "my_pictures"}
+    assert set(CODE) == tested
+    assert len(CODE) == sum(kind == "python" for kind, _ in BLOCKS)
+    assert all(len(text.split("\n\n", 1)[-1].splitlines()) <= 12 for text in CODE.values())
 
 
 def test_every_picture_and_file_that_the_readme_names_is_there():
