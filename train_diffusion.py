@@ -160,7 +160,6 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     step, seconds = 0, 0.0  # done so far
     losses = torch.zeros(steps_per_epoch, device=device)  # of the current epoch
     history: list[dict[str, float]] = []  # a row for every epoch, as in train_log.csv
-    strips: list[tuple[int, Tensor]] = []  # epoch and first ten images of every sample grid
     use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
     # Resume.
@@ -174,7 +173,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
             step, seconds, losses = saved["step"], saved["seconds"], saved["losses"].to(device)
-            history, strips = saved["history"], saved["strips"]
+            history = saved["history"]
         if step >= last_step:
             asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {path} is at step {step}, and {asked}")
@@ -186,7 +185,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {"step": step, "seconds": seconds, "losses": losses, "num_images": len(images)}
         if rank == 0:
-            save_checkpoint(path, weights | state | {"history": history, "strips": strips})
+            save_checkpoint(path, weights | state | {"history": history})
 
     if rank == 0:
         if not args.resume:
@@ -267,10 +266,6 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
                 grid = sample(ema, scheduler, args.num_samples, seed=args.seed, **args.sampler)
                 with not_vital(folder / f"samples_epoch_{epoch}.png") as file:
                     write_file(file, lambda out: grid_image(grid, num_classes).save(out, "PNG"))
-                strip = grid[:10].cpu().clone()  # no view, with which the whole grid would be saved
-                strips = [s for s in strips if s[0] < epoch and s[1].shape == strip.shape]
-                strips.append((epoch, strip))
-                draw_progress(folder / "samples_progress.png", strips)
             losses_said = f"loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}"
             say(f"epoch {epoch}/{args.epochs}  {losses_said}  {seconds / 60:.1f} min")
         if step == start + steps_per_epoch:  # else --max-steps cut it short; --resume completes it
@@ -821,13 +816,6 @@ def grid_image(images: Tensor, num_classes: int | None) -> Image.Image:
     """uint8 images [N, C, H, W] as one picture, each column of one class."""
     grid = make_grid(images.cpu(), nrow=columns_for(num_classes), padding=2)
     return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def draw_progress(path: Path, strips: list[tuple[int, Tensor]]) -> None:
-    """The first images of every sample grid: the same noise, ever better weights."""
-    images = torch.stack([strip for _, strip in strips])
-    rows, columns = [f"epoch {epoch}" for epoch, _ in strips], [""] * images.shape[1]
-    draw_images(path, images, rows, columns, "Samples from the same noise")
 
 
 def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor) -> None:
