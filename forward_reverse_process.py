@@ -24,15 +24,16 @@ Symbols in the papers and their names here:
     beta-tilde_t      variance of q(x_{t-1} | x_t, x_0)          posterior_variance
     T                 how many timesteps there are               num_timesteps
 
-One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise, so
-that the variance stays about 1:
+One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise. A
+variance of 1 stays 1, since alpha_t + beta_t = 1, and any other comes closer to it:
 
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
 
 Conventions. Timesteps count from 0 (the papers count from 1): x_t at t = 0 has been noised once, at
 t = T - 1 it is noise with next to nothing of the image, and t = -1 stands for the clean image, with
-alpha-bar_{-1} = 1. The name x_0 always means the clean image, as in the papers. Pixels lie in
-[-1, 1]. Every method takes the image first, then t, then the rest.
+alpha-bar_{-1} = 1. Sampling calls the pure noise that it starts from x_T, and takes it for x_t at
+t = T - 1. The name x_0 always means the clean image, as in the papers, and x_0_pred a guess at it.
+Pixels lie in [-1, 1]. Every method takes the image first, then t, then the rest.
 
 Papers, as cited below:
 
@@ -55,7 +56,7 @@ from torch import Tensor, nn
 
 # --- The schedule, the forward process, the reverse step ------------------------------------------
 
-# The largest beta. 1 would erase x_0 altogether, and every formula below divides by what is left.
+# The largest beta. After 1 nothing is left of x_0, and `predict_x0` would divide by alpha-bar = 0.
 MAX_BETA = 0.999
 
 
@@ -191,13 +192,19 @@ class NoiseScheduler(nn.Module):
 
         Where x_t came from, given x_0 too. At t = 0 that is x_0 itself, with variance 0.
 
-        Sampling does not know x_0 and puts the predicted one in its place. The mean stays exact: it
-        is linear in x_0, so its average over all images that fit x_t is its value at their mean.
-        The variance comes out too small: what is missing is the square of the first coefficient,
-        times the variance of those images. In a small step that is of order beta_t^2, next to
-        nothing beside beta_t. In a large one it is not. That is why one cannot jump to the blurred
-        x_0 at once and takes many small steps instead. After each of them fewer images fit, and
-        their mean is sharper.
+        Sampling does not know x_0 and puts the predicted one in its place: the mean of all images
+        that fit x_t. The mean above stays exact, being linear in x_0. The variance comes out too
+        small, by c^2 Var(x_0 | x_t), where c is the factor of x_0 in the mean (the law of total
+        variance). For lack of it large steps give blurred images: the largest, from T - 1 to the
+        clean image, gives the mean of all of them. How much is missing? No guess at x_0 is worse
+        on average than x_t / sqrt(alpha-bar_t), so Var(x_0 | x_t) is at most
+        (1 - alpha-bar_t) / alpha-bar_t, and what is missing at most beta_t^2 / (alpha_t
+        (1 - alpha-bar_t)). Beside beta_t that is little if a step takes away a small share of the
+        noise, beta_t << 1 - alpha-bar_t: hence many small steps. After each of them fewer images
+        fit, and their mean is sharper. (In the last steps the share is large, but there the images
+        that fit differ by less than one sees.)
+
+        `step` is this Gaussian in another form, which jumps over timesteps too.
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -215,19 +222,21 @@ class NoiseScheduler(nn.Module):
     ) -> Tensor:
         """The reverse process: from x_t to x_{t_prev}, less noisy (DDIM, eq. 12 and 16).
 
-            x_{t_prev} = sqrt(alpha-bar_prev) x_0                        the predicted image
+            x_{t_prev} = sqrt(alpha-bar_prev) x_0_pred                   the predicted image
                        + sqrt(1 - alpha-bar_prev - sigma^2) eps_theta    its noise, less of it
                        + sigma z,  z ~ N(0, I)                           fresh noise
             sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t))
                              sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
         With eta = 1 and t_prev = t - 1 this is DDPM's Algorithm 2, ancestral sampling: a draw from
-        `posterior` with the predicted x_0 in it, sigma^2 being beta-tilde_t. (DDPM also tries
-        sigma^2 = beta_t, section 3.2, and finds the results similar.) With eta = 0 it is DDIM: no
-        fresh noise, so the starting noise alone decides the image. For any eta the noise in
-        x_{t_prev} has the variance 1 - alpha-bar_prev: sigma only trades old noise for fresh.
-        t_prev may lie many timesteps back; alpha-bar_prev is alpha-bar there. At t_prev = -1 it is
-        1, sigma is 0, and the predicted x_0 is the result.
+        `posterior` with x_0_pred in it, sigma^2 being beta-tilde_t (put x_t = sqrt(alpha-bar_t) x_0
+        + sqrt(1 - alpha-bar_t) eps into its mean). DDPM also tries sigma^2 = beta_t, section 3.2,
+        and finds the results similar. With eta = 0 there is no fresh noise, so the starting noise
+        alone decides the image: what most people mean by DDIM. For any eta the noise in x_{t_prev}
+        has the variance (1 - alpha-bar_prev - sigma^2) + sigma^2 = 1 - alpha-bar_prev, as in
+        training: sigma only trades old noise for fresh. So t_prev may lie many timesteps back;
+        alpha-bar_prev is alpha-bar there. At t_prev = -1 it is 1, sigma is 0, and x_0_pred is the
+        result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -235,12 +244,12 @@ class NoiseScheduler(nn.Module):
             noise_pred: eps_theta(x_t, t), shaped like x_t.
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
-            noise: z, shaped like x_t; drawn if not given.
-            clamp: keep the predicted x_0 in [-1, 1], where images live, as DDPM's code does and
-                Algorithm 2 does not. predict_x0 divides an error of noise_pred by
-                sqrt(alpha-bar_t), 5e-5 at t = 999, so a network's plain answer may give any x_0
-                there. (By v-prediction, see `UNet`, x_0 goes little beyond the range.) Clamping
-                x_t instead would cut off noise that belongs to it.
+            noise: z, the fresh noise, shaped like x_t; drawn if not given.
+            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does and Algorithm 2
+                does not. predict_x0 divides an error of noise_pred by sqrt(alpha-bar_t), which is
+                5e-5 at t = 999 of the cosine schedule. So a network whose last layer is noise_pred
+                may give any x_0_pred there. (`UNet` below ends otherwise; its x_0_pred goes little
+                beyond the range.) Clamping x_t instead would cut off noise that belongs to it.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -258,7 +267,7 @@ class NoiseScheduler(nn.Module):
 
         signal = look_up(self.sqrt_alphas_cumprod, t)
         noise_std = look_up(self.sqrt_one_minus_alphas_cumprod, t)
-        signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # begins at t = -1
+        signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # its entry 0 is t = -1
         noise_std_prev = look_up(self.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1)
         # DDIM eq. 16. Near t = 0 float32 loses a thousandth of sigma here, where sigma is tiny.
         sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()
@@ -269,7 +278,7 @@ class NoiseScheduler(nn.Module):
 def look_up(table: Tensor, t: Tensor | int) -> Tensor:
     """`table[t]`, shaped to multiply a batch of images: [T], [B] -> [B, 1, 1, 1].
 
-    `gather` and not `table[t]`, for which -1 would be the last entry and not an error.
+    `gather` and not `table[t]`, which would take t = -1, a slip by one, for the last entry.
     """
     t = torch.as_tensor(t, device=table.device).reshape(-1)
     return table.gather(0, t).reshape(-1, 1, 1, 1)
@@ -317,8 +326,8 @@ def zero_init(layer: nn.Module) -> nn.Module:
 class ResidualBlock(nn.Module):
     """Two convolutions whose result is added to their input.
 
-    In between, the embedding of time (and label) scales and shifts every channel. (Others call that
-    FiLM or adaptive group normalization.)
+    In between, the embedding of the time (and of a label, see `UNet`) scales and shifts every
+    channel. (Others call that FiLM or adaptive group normalization.)
 
     [B, in_channels, H, W], embedding [B, embed_dim] -> [B, out_channels, H, W]
     """
@@ -392,11 +401,12 @@ class UNet(nn.Module):
     Put that into `predict_x0`, and the division by sqrt(alpha-bar_t) cancels out: x_0 becomes
     sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta. That is what it is for. At t = 999 an
     eps_theta straight from the layers would have its error divided by sqrt(alpha-bar_t) = 5e-5, and
-    the predicted x_0 would be noise, cut to [-1, 1]; with v it is the average image. (The loss
-    hardly counts v there: its error has the weight alpha-bar_t. The layers carry over what they
-    learn at smaller t.) It is the same prediction in other coordinates: v = sqrt(alpha-bar_t) eps -
+    x_0_pred would be noise, cut to [-1, 1]; with v it is the average image. (The loss hardly counts
+    v there: its error has the weight alpha-bar_t. So what v is there, the layers have learned at
+    smaller t.) It is the same prediction in other coordinates: v = sqrt(alpha-bar_t) eps -
     sqrt(1 - alpha-bar_t) x_0. The last layer of every branch starts at zero, so a new network says
-    sqrt(1 - alpha-bar_t) x_t. That is E[eps | x_t] for images that are N(0, I) noise themselves.
+    sqrt(1 - alpha-bar_t) x_t. That is the right answer, E[eps | x_t], as long as nothing is known
+    of the images but their size, x_0 ~ N(0, I).
 
     Labels, for a network that draws what it is asked for; skip this for the plain model. With
     num_classes, every class has a vector that is added to the embedding of the time. One more row

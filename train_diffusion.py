@@ -3,6 +3,7 @@
     python train_diffusion.py                                # the whole job: train, sample, save
     python train_diffusion.py --resume                       # go on after an interruption
     python train_diffusion.py --sample-only --labels 3 1 4   # draw with a trained network
+    python train_diffusion.py --dataset my_images.npz        # train on your own images
     torchrun --nproc-per-node=2 train_diffusion.py           # several processes or GPUs
 
 or, from Python:
@@ -64,9 +65,9 @@ if MPLBACKEND is not None:
 
 HERE = Path(__file__).resolve().parent
 IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
-LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run, by optimizer; for batches of 64
+LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run; Muon: the file's last section
 WARMUP_STEPS = 200  # steps in which the learning rate rises
-MAX_GRAD_NORM = 1.0
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 EMA_DECAY = 0.999  # the average of the weights looks back over about 1 / (1 - decay) steps
 CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait for a GPU
 SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
@@ -102,11 +103,20 @@ def training_loss(
 ) -> Tensor:
     """The mean squared error of the predicted noise, for each image: float32 [B].
 
-    This is DDPM's Algorithm 1 up to its gradient step. Why a squared error: how likely the network
-    thinks the images, at least (the variational bound), is a sum of such errors, each with a weight
-    that depends on t (eq. 8 and 12), and eq. 14 leaves the weights out. Why the noise: it is also
-    the score, the direction in which x_t gets more probable, up to a factor:
-    grad log q(x_t | x_0) = -eps / sqrt(1 - alpha-bar_t).
+    This is DDPM's Algorithm 1 up to its gradient step.
+
+    Why a squared error: the images should be probable to the network. Their negative log-likelihood
+    has an upper bound (the variational bound, DDPM eq. 5) that compares, at every t, the true step
+    back, `NoiseScheduler.posterior`, with the network's. Both are Gaussians of the same variance,
+    and the distance (KL divergence) of such is the squared distance of their means, times a factor
+    (eq. 8). These means differ by a multiple of noise - noise_pred (eq. 12). Eq. 14 leaves all the
+    factors out.
+
+    Why the noise and not the image: x_0_pred is wrong by the error of noise_pred times
+    sqrt((1 - alpha-bar_t) / alpha-bar_t), so its square would count large t most, where there is
+    hardly an image to see. DDPM tried that and got worse samples (section 3.2). Besides, the mean
+    of the noises that fit x_t is also the direction in which x_t gets more probable (the score):
+    grad log p(x_t) = -E[eps | x_t] / sqrt(1 - alpha-bar_t).
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -177,10 +187,10 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         if step >= last_step:
             asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {path} is at step {step}, and {asked}")
-    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}
+    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # no copies
 
     def save() -> None:
-        """Write checkpoint.pt: all that the run has changed, in tensors and plain values."""
+        """Write checkpoint.pt: all that a run needs to go on, in tensors and plain values."""
         state = {"settings": {name: getattr(args, name) for name in CHANGEABLE + KEPT}}
         state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
         state |= {"step": step, "seconds": seconds, "losses": losses, "num_images": len(images)}
@@ -203,18 +213,16 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         clock = saved_at = time.monotonic()
         signals.deferred = True
         for batch in bar:
-            # Draw t, noise, and whose label to drop (`guided_noise` needs a network that also knows
-            # images without one). t is uniform; image i of B has its t from the i-th of B slices of
-            # T (stratified). The generator's own seed makes every step repeatable.
+            # Draw t, noise, and whose label to drop (`guided_noise` needs a network that also does
+            # without). The generator's own seed makes every step repeatable.
             draw = {"generator": generator_for(f"step {step}", args.seed, device), "device": device}
-            u = torch.randint(args.timesteps, (batch_size,), **draw)
-            t = (torch.arange(batch_size, device=device) * args.timesteps + u)[share] // batch_size
+            t = torch.randint(args.timesteps, (batch_size,), **draw)[share]
             noise = torch.randn(batch_size, *model.image_shape, **draw)[share]
             dropped = torch.rand(batch_size, **draw)[share] < args.label_dropout
             x_0 = to_model(images[batch])
             y = labels[batch].masked_fill(dropped, model.no_label) if num_classes else None
 
-            # Predict the noise.
+            # Predict the noise (in bfloat16 where the GPU has it, for speed).
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
                 loss = training_loss(model, scheduler, x_0, y, t, noise).mean()
 
@@ -230,8 +238,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
                 optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
 
-            # Average: ema = decay ema + (1 - decay) model, with a short memory at first, so that
-            # the random start is soon forgotten.
+            # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model,
+            # with a short memory at first, so that the random start is soon forgotten.
             decay = min(EMA_DECAY, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
@@ -249,7 +257,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             if meet and any_process(signals.received, device):
                 break
 
-        # Save first, then look. After saving nothing is lost, and a signal may interrupt at once.
+        # Save first, then look: a signal that comes after this ends the run and loses nothing.
         bar.close()
         stop_if_not_finite(losses[: step - start], start, path)
         save()
@@ -270,7 +278,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             say(f"epoch {epoch}/{args.epochs}  {losses_said}  {seconds / 60:.1f} min")
         if step == start + steps_per_epoch:  # else --max-steps cut it short; --resume completes it
             history.append(row)
-            save()
+            save()  # with the row, so that a resumed run does not look again
 
     if rank == 0:
         draw_denoising(folder, ema, scheduler, args.seed, args.sampler)
@@ -285,7 +293,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
 def held_out_loss(
     model: UNet, scheduler: NoiseScheduler, images: Tensor, labels: Tensor | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The training loss of images that are never trained on, at the same t and noise every time.
+    """The loss of images that are never trained on, at the same t and noise every time.
 
     images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], evenly spaced,
     and the loss of each image, float32 [N].
@@ -349,8 +357,12 @@ def denoise(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The reverse process, from pure noise to images, a step at a time.
 
-    With all T steps, eta = 1 and no guidance it is DDPM's Algorithm 2 (and x_0 is clamped, see
-    `step`). With fewer steps or less eta it is DDIM's, between the two at 0 < eta < 1.
+    With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2 (with x_0_pred clamped, see
+    `NoiseScheduler.step`). Fewer steps are longer jumps by DDIM's formula. Every jump leaves x_t
+    with the noise that the network knows from training, so it may be asked at any of its T
+    timesteps. `posterior` says what a long jump loses: nothing at large t, where alpha-bar is near
+    0 and the image still open, and little at small t, where hardly any other image fits. How few
+    steps do in between was found by trial (benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -402,7 +414,7 @@ def sample(
     guidance: float = GUIDANCE,
     seed: int = 0,
 ) -> Tensor:
-    """Draw images, uint8 [N, C, H, W]. The same seed starts from the same noise every time.
+    """Draw images, uint8 [N, C, H, W]: with the same seed and options, the same on every call.
 
     Without labels, a model that has classes draws them in turn. (Its "no label" row has learned
     from few images, those whose labels were dropped: it is there for guidance, and draws badly.)

@@ -68,8 +68,7 @@ def our_step(device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
         number, batch = next(numbers), next(batches)
         generator = train_diffusion.generator_for(f"step {number}", 0, device)
         draw = {"generator": generator, "device": device}
-        u = torch.randint(scheduler.num_timesteps, (BATCH_SIZE,), **draw)
-        t = (torch.arange(BATCH_SIZE, device=device) * scheduler.num_timesteps + u) // BATCH_SIZE
+        t = torch.randint(scheduler.num_timesteps, (BATCH_SIZE,), **draw)
         noise = torch.randn(BATCH_SIZE, *model.image_shape, **draw)
         dropped = torch.rand(BATCH_SIZE, **draw)
         x_0 = train_diffusion.to_model(images[batch])

@@ -180,12 +180,13 @@ def test_each_epoch_shows_every_image_once_with_its_label_unless_dropped(run, sm
     assert kept.float().mean().item() == pytest.approx(0.7, abs=4 * sigma)
 
 
-def test_timesteps_are_uniform_by_equal_slices_of_a_batch_and_noise_is_always_new(run):
-    """Image i has t from T i / B to T (i + 1) / B, rounded, and sampling visits no other t."""
+def test_timesteps_are_uniform_and_noise_is_always_new(run):
+    """Every t in 0 ... T - 1 is as frequent as any other, within four standard deviations."""
     steps, batch_size = run.t.shape
-    start, end = (T * (torch.arange(batch_size) + i) for i in (0, 1))
-    assert ((start // batch_size <= run.t) & (run.t <= (end - 1) // batch_size)).all()
-    assert run.t.unique().tolist() == list(range(T)) and run.t.dtype == torch.int64
+    counts, expected = run.t.flatten().bincount(minlength=T), steps * batch_size / T
+    assert len(counts) == T and run.t.dtype == torch.int64
+    assert (counts - expected).abs().max() < 4 * math.sqrt(expected)
+    assert len(run.t.unique(dim=0)) == steps  # drawn anew in every step, not by a fixed pattern
     assert len(run.noise.flatten(0, 1).unique(dim=0)) == steps * batch_size == 2 * NUM_TRAIN
     assert abs(run.noise.mean().item()) < 0.02 and abs(run.noise.var().item() - 1) < 0.03
 
@@ -210,10 +211,10 @@ def test_the_average_follows_fast_at_first_and_slowly_later(run):
 
 
 def test_a_plain_model_learns_without_any_label_and_with_adam_alone(small_data, tmp_path):
-    options = ["--optimizer", "adam", "--label-dropout", 1, "--epochs", 3]
+    options = ["--optimizer", "adam", "--label-dropout", 1, "--epochs", 8]
     run = spied_run(tmp_path, "--data-dir", small_data, *options)
-    first, _, last = run.state["history"]
-    assert last["train_loss"] < 0.9 * first["train_loss"] and last["val_loss"] < first["val_loss"]
+    first, *_, last = run.state["history"]
+    assert last["train_loss"] < 0.8 * first["train_loss"] and last["val_loss"] < first["val_loss"]
     assert all(labels is None for _, labels, _, _ in run.draws) and run.rates == []
     assert program.load_model(tmp_path / "weights.pt")[0].num_classes is None
 

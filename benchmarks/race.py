@@ -1,0 +1,250 @@
+"""Who draws the better digits after the same minutes of training? Ours beside three projects.
+
+    python -m pip install -r benchmarks/requirements.txt
+    python benchmarks/race.py --minutes 5 15 --picture docs/race.png
+
+Every contender trains once, as its own documentation trains, on the same images and labels in
+memory, for the largest number of minutes; the weights are kept at each of --minutes. Only training
+counts: the clock stands still while weights are kept, and judging comes after the race. Each draws
+--num-samples digits with its averaged weights and its own sampler in 25 steps, and quality.py
+judges them all.
+
+In favor of the others: each gets an average of its weights that forgets its random start, the label
+to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024).
+Prints one line of JSON for each contender and time.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from quality import Judge, mnist, proportional_labels
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.utils import make_grid
+
+import train_diffusion
+from forward_reverse_process import NoiseScheduler, UNet
+
+NUM_CLASSES = 10
+NUM_STEPS = 25  # of every sampler
+CHUNK = 250  # digits that are drawn together
+
+
+@dataclass
+class Contender:
+    """A network and how its project trains it and draws with it."""
+
+    model: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    batch_size: int
+    ema_decay: float
+    loss: Callable[[Tensor, Tensor], Tensor]  # of images [B, 1, 28, 28] in [-1, 1], labels [B]
+    draw: Callable[[nn.Module, Tensor], Tensor]  # averaged network, labels -> images in [-1, 1]
+    max_grad_norm: float = 1.0
+    lr_falls: bool = False  # on a line, to 0 at the end; else the learning rate stays
+
+
+def ours(optimizer: str = "muon") -> Contender:
+    """This program by its defaults. Its learning rate ends with the run, as it does there."""
+    default = train_diffusion.make_parser().get_default
+    scheduler = NoiseScheduler()
+    model = UNet(scheduler, base_channels=default("base_channels"), num_classes=NUM_CLASSES)
+    model.to(memory_format=torch.channels_last)
+    optimizers = train_diffusion.make_optimizers(model, optimizer)
+    for each in optimizers:
+        each.param_groups[0]["lr"] = train_diffusion.LEARNING_RATES[optimizer]
+
+    def loss(x_0: Tensor, labels: Tensor) -> Tensor:
+        dropped = torch.rand(len(labels)) < default("label_dropout")
+        labels = labels.masked_fill(dropped, model.no_label)
+        return train_diffusion.training_loss(model, scheduler, x_0, labels).mean()
+
+    def draw(ema: nn.Module, labels: Tensor) -> Tensor:
+        x_T = torch.randn(len(labels), 1, 28, 28)
+        *_, (_, x_0, _) = train_diffusion.denoise(ema, scheduler, x_T, labels)
+        return x_0
+
+    decay, batch_size = train_diffusion.EMA_DECAY, default("batch_size")
+    return Contender(model, optimizers, batch_size, decay, loss, draw, lr_falls=True)
+
+
+def diffusers() -> Contender:
+    """Unit 2 of the Hugging Face diffusion course, with diffusers' own embedding of the label."""
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+
+    model = UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=NUM_CLASSES,
+    )
+    schedule = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+    noising = DDPMScheduler(**schedule)
+
+    def loss(x_0: Tensor, labels: Tensor) -> Tensor:
+        t, noise = torch.randint(1000, (len(x_0),)), torch.randn_like(x_0)
+        return F.mse_loss(model(noising.add_noise(x_0, noise, t), t, labels).sample, noise)
+
+    def draw(ema: nn.Module, labels: Tensor) -> Tensor:
+        sampler = DDIMScheduler(**schedule, timestep_spacing="trailing")
+        sampler.set_timesteps(NUM_STEPS)
+        x_t = torch.randn(len(labels), 1, 28, 28)
+        for t in sampler.timesteps:
+            x_t = sampler.step(ema(x_t, t, labels).sample, t, x_t, eta=1.0).prev_sample
+        return x_t
+
+    optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3)]
+    return Contender(model, optimizers, 128, 0.999, loss, draw)
+
+
+def smalldiffusion() -> Contender:
+    """The project's example for FashionMNIST, with its embedding of the label."""
+    from smalldiffusion import CondEmbedderLabel, Scaled, ScheduleLogLinear, Unet, samples
+
+    schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
+    label_embedding = CondEmbedderLabel(4 * 64, NUM_CLASSES)
+    shape = {"ch": 64, "ch_mult": (1, 1, 2), "attn_resolutions": (14,)}
+    model = Scaled(Unet)(28, 1, 1, **shape, cond_embed=label_embedding)
+
+    def loss(x_0: Tensor, labels: Tensor) -> Tensor:
+        sigma = schedule.sample_batch(x_0).view(-1, 1, 1, 1)
+        return model.get_loss(x_0, sigma, torch.randn_like(x_0), cond=labels)
+
+    def draw(ema: nn.Module, labels: Tensor) -> Tensor:
+        sigmas = schedule.sample_sigmas(NUM_STEPS)
+        *_, x_0 = samples(ema, sigmas, gam=1.6, batchsize=len(labels), cond=labels)
+        return x_0
+
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=7e-4)]
+    return Contender(model, optimizers, 128, 0.999, loss, draw, max_grad_norm=torch.inf)
+
+
+def denoising_diffusion_pytorch() -> Contender:
+    """The project's Trainer, with the network and the process of its guidance by labels."""
+    from denoising_diffusion_pytorch.classifier_free_guidance import GaussianDiffusion, Unet
+
+    unet = Unet(64, NUM_CLASSES, cond_drop_prob=0.1, dim_mults=(1, 2), channels=1)
+    model = GaussianDiffusion(unet, image_size=28, sampling_timesteps=NUM_STEPS)
+
+    def loss(x_0: Tensor, labels: Tensor) -> Tensor:
+        return model((x_0 + 1) / 2, classes=labels)
+
+    def draw(ema: nn.Module, labels: Tensor) -> Tensor:
+        return ema.sample(labels, cond_scale=1.2) * 2 - 1  # s = 1 + w; at 1, no guidance, it fails
+
+    optimizers = [torch.optim.Adam(unet.parameters(), lr=1e-4, betas=(0.9, 0.99))]
+    return Contender(model, optimizers, 16, 0.995, loss, draw)
+
+
+CONTENDERS = {
+    "this repository": ours,
+    "diffusers, course network": diffusers,
+    "smalldiffusion": smalldiffusion,
+    "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
+}
+
+
+def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, int]]:
+    """Train for the largest of minutes; the averaged network and the images seen at each."""
+    images, labels = mnist()[0]
+    model, ema = contender.model.train(), copy.deepcopy(contender.model).eval()
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in contender.optimizers]
+    kept, step, seconds, seen = [], 0, 0.0, 0
+    while len(kept) < len(minutes):
+        started = time.perf_counter()
+        batch = torch.randint(len(images), (contender.batch_size,))
+        loss = contender.loss(train_diffusion.to_model(images[batch]), labels[batch])
+        model.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), contender.max_grad_norm)
+        for optimizer, rate in zip(contender.optimizers, rates):
+            if contender.lr_falls:
+                rise = min(1, (step + 1) / train_diffusion.WARMUP_STEPS)
+                fall = max(0, 1 - seconds / (60 * minutes[-1]))
+                optimizer.param_groups[0]["lr"] = rate * rise * fall
+            optimizer.step()
+        decay = min(contender.ema_decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+        step, seen = step + 1, seen + contender.batch_size
+        seconds += time.perf_counter() - started
+        if seconds >= 60 * minutes[len(kept)]:
+            kept.append((copy.deepcopy(ema), seen))
+    return kept
+
+
+@torch.no_grad()
+def draw(contender: Contender, ema: nn.Module, labels: Tensor) -> Tensor:
+    """uint8 [N, 1, 28, 28]."""
+    torch.manual_seed(0)
+    chunks = [contender.draw(ema, chunk) for chunk in labels.split(CHUNK)]
+    return train_diffusion.to_uint8(torch.cat(chunks))
+
+
+def draw_picture(path: Path, rows: list[dict], digits: dict[str, Tensor]) -> None:
+    """Distance over minutes, and ten digits of each contender beside real ones."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    curves, pictures = figure.subplots(1, 2, width_ratios=[1, 1.2])
+    for name in dict.fromkeys(row["name"] for row in rows):
+        mine = [row for row in rows if row["name"] == name]
+        distances = [row["frechet_over_floor"] for row in mine]
+        curves.plot([row["minutes"] for row in mine], distances, marker="o", label=name)
+    curves.axhline(1, color="gray", linestyle=":")
+    curves.set(xlabel="minutes of training", yscale="log", ylim=(0.8, None))
+    curves.set(title="Frechet distance to real digits (1: as near as other real ones)")
+    curves.legend()
+    images = torch.cat(list(digits.values()))
+    grid = make_grid(images, nrow=10, padding=2, pad_value=64)
+    pictures.imshow(grid.permute(1, 2, 0).numpy())
+    pictures.set_yticks([16 + 30 * i for i in range(len(digits))], list(digits))
+    pictures.set_xticks([])
+    pictures.set_title(f"after {rows[-1]['minutes']:g} minutes, nothing selected")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--minutes", type=float, nargs="+", default=[5, 15], help="when to judge (%(default)s)")
+    add("--num-samples", type=int, default=500, help="digits to judge by (%(default)s)")
+    add("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    add("--picture", type=Path, help="a .png to draw")
+    args = parser.parse_args()
+    minutes = sorted(args.minutes)
+
+    judge = Judge()
+    test_images, test_labels = mnist()[1]
+    first = [int((test_labels == digit).nonzero()[0]) for digit in range(NUM_CLASSES)]
+    rows, digits = [], {"real digits": test_images[first]}
+    for name in args.contenders:
+        torch.manual_seed(args.seed)
+        contender = CONTENDERS[name]()
+        for minute, (ema, seen) in zip(minutes, race(contender, minutes)):
+            labels = proportional_labels(args.num_samples, mnist()[0][1])
+            started = time.perf_counter()
+            figures = judge(draw(contender, ema, labels), labels)
+            figures["sampling_and_judging_seconds"] = round(time.perf_counter() - started)
+            rows.append({"name": name, "minutes": minute, "images": seen, **figures})
+            print(json.dumps(rows[-1]), flush=True)
+        digits[name] = draw(contender, ema, torch.arange(NUM_CLASSES))
+    if args.picture:
+        draw_picture(args.picture, rows, digits)
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()
