@@ -87,7 +87,7 @@ def test_the_log_has_a_row_for_every_epoch(finished):
     steps = [(int(row["epoch"]), int(row["step"])) for row in rows]
     assert steps == [(i, i * STEPS_PER_EPOCH) for i in (1, 2, 3)]
     assert all(0 < float(value) < 1e6 for row in rows for value in row.values())
-    for key, order in (("train_loss", -1), ("seconds", 1)):
+    for key, order in (("val_loss", -1), ("seconds", 1)):
         values = [float(row[key]) for row in rows]
         assert values == sorted(set(values))[::order], key
 
