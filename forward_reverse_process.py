@@ -313,7 +313,6 @@ class SinusoidalPositionalEmbedding(nn.Module):
 
 NORM_GROUPS = 8  # GroupNorm normalizes the channels in so many groups
 NUM_HEADS = 2  # of the attention: each looks for something of its own
-BASE_CHANNELS_FACTOR = 24  # then 4/3 of the width is a whole number, and NORM_GROUPS divides both
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
@@ -385,9 +384,9 @@ class UNet(nn.Module):
         x_t    [B, 1, 28, 28]
           fold 2x2 pixels into channels    [B, 4, 14, 14] (pixel_unshuffle)
           stem, down_block                 [B, c, 14, 14]  ------------ skip --------------.
-            downsample, low_down_blocks    [B, 4/3 c, 7, 7] --- skips ----.                |
-              attention, middle_block      [B, 4/3 c, 7, 7]               |                |
-            low_up_blocks                  [B, 4/3 c, 7, 7] <-- concat ---'                |
+            downsample, low_down_blocks    [B, 2c, 7, 7] ------ skips ----.                |
+              attention, middle_block      [B, 2c, 7, 7]                  |                |
+            low_up_blocks                  [B, 2c, 7, 7] <----- concat ---'                |
           upsample, up_block               [B, c, 14, 14]  <----------- concat ------------'
           head, unfold                     [B, 1, 28, 28] = v_theta
 
@@ -415,7 +414,7 @@ class UNet(nn.Module):
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.
         image_shape: channels, height and width of the images; 4 divides height and width.
-        base_channels: c above, a multiple of 24.
+        base_channels: c above, a multiple of 8 (NORM_GROUPS).
         num_classes: labels are 0 ... num_classes - 1; None for a network without labels.
     """
 
@@ -423,18 +422,16 @@ class UNet(nn.Module):
         self,
         scheduler: NoiseScheduler,
         image_shape: tuple[int, int, int] = (1, 28, 28),
-        base_channels: int = 48,
+        base_channels: int = 32,
         num_classes: int | None = None,
     ) -> None:
         super().__init__()
-        if base_channels < 1 or base_channels % BASE_CHANNELS_FACTOR:
-            raise ValueError(
-                f"base_channels must be a multiple of {BASE_CHANNELS_FACTOR}, not {base_channels}"
-            )
+        if base_channels < 1 or base_channels % NORM_GROUPS:
+            raise ValueError(f"base_channels must be a multiple of {NORM_GROUPS}: {base_channels}")
         self.image_shape = tuple(image_shape)
         self.num_classes = num_classes
         channels = image_shape[0]
-        high, low = base_channels, 4 * base_channels // 3  # at half resolution and at a quarter
+        high, low = base_channels, 2 * base_channels  # at half resolution and at a quarter
         embed_dim = 2 * low
         for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"):
             self.register_buffer(name, getattr(scheduler, name), persistent=False)

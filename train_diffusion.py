@@ -31,6 +31,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import zipfile
@@ -58,7 +59,7 @@ from torchvision import datasets
 from torchvision.utils import make_grid
 from tqdm.auto import tqdm
 
-from forward_reverse_process import BASE_CHANNELS_FACTOR, NoiseScheduler, UNet
+from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
 
 if MPLBACKEND is not None:
     os.environ["MPLBACKEND"] = MPLBACKEND
@@ -73,7 +74,7 @@ CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait
 SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
 NUM_HELD_OUT = 2000  # images at most for the held-out loss
 SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
-GUIDANCE = 0.2  # strength of classifier-free guidance
+GUIDANCE = 0.1  # strength of classifier-free guidance
 NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
 CHUNK = 250  # images that are drawn or measured together
 
@@ -147,16 +148,18 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     data_dir = args.data_dir or HERE / "data"
     (images, labels), (test_images, test_labels) = load_images(args.dataset, data_dir)
     if batch_size > len(images):
-        raise ValueError(f"argument --batch-size: there are only {len(images)} images")
+        raise ValueError(f"argument --batch-size: only {len(images)} images are to train on")
     if labels is None or args.label_dropout == 1:
         num_classes = labels = test_labels = None
     else:
         num_classes = int(max(labels.max(), test_labels.max())) + 1
         labels, test_labels = labels.to(device), test_labels[:NUM_HELD_OUT].to(device)
+    check_sum = zlib.crc32(images.contiguous().numpy())  # a run goes on with the same images
     images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
     steps_per_epoch = len(images) // batch_size
     total_steps = args.epochs * steps_per_epoch
     last_step = min(total_steps, args.max_steps or total_steps)
+    num_steps = min(args.sample_steps, args.timesteps)  # of sampling
 
     # Build.
     schedule = {"num_timesteps": args.timesteps, "schedule": args.schedule}
@@ -175,7 +178,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     # Resume.
     if args.resume:
         saved = args.saved
-        if (saved.get("unet"), saved.get("num_images")) != (shape, len(images)):
+        if (saved.get("unet"), saved.get("check_sum")) != (shape, check_sum):
             raise ValueError(f"--resume: {args.dataset} is not what {path} was trained on")
         with explained(path, "does not fit this program", "Name another --output-dir"):
             model.load_state_dict(saved["model"])
@@ -193,7 +196,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         """Write checkpoint.pt: all that a run needs to go on, in tensors and plain values."""
         state = {"settings": {name: getattr(args, name) for name in CHANGEABLE + KEPT}}
         state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        state |= {"step": step, "seconds": seconds, "losses": losses, "num_images": len(images)}
+        state |= {"step": step, "seconds": seconds, "losses": losses, "check_sum": check_sum}
         if rank == 0:
             save_checkpoint(path, weights | state | {"history": history})
 
@@ -271,7 +274,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             write_log(folder / "train_log.csv", [*history, row])
             draw_loss_curve(folder / "loss_curve.png", [*history, row], t, errors)
             if epoch % args.sample_every == 0 or step == last_step:
-                grid = sample(ema, scheduler, args.num_samples, seed=args.seed, **args.sampler)
+                grid = sample(ema, scheduler, args.num_samples, None, num_steps, **args.sampler)
                 with not_vital(folder / f"samples_epoch_{epoch}.png") as file:
                     write_file(file, lambda out: grid_image(grid, num_classes).save(out, "PNG"))
             losses_said = f"loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}"
@@ -281,11 +284,11 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             save()  # with the row, so that a resumed run does not look again
 
     if rank == 0:
-        draw_denoising(folder, ema, scheduler, args.seed, args.sampler)
+        draw_denoising(folder, ema, scheduler, num_steps, **args.sampler)
         with not_vital(folder / "weights.pt") as file:
             save_checkpoint(file, weights)
         say(f"done: {step} steps, {seconds / 60:.1f} min of training; all files are in {folder}")
-        say(f"draw more: {command_line('--sample-only', '--checkpoint', path)}")
+        say(f"draw more: {command_line('--sample-only', f'--checkpoint={path}')}")
     any_process(False, device)  # nobody leaves before all are done
 
 
@@ -425,23 +428,23 @@ def sample(
         num_steps, eta, guidance: see `denoise`.
     """
     device, classes = scheduler.betas.device, model.num_classes
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples (--num-samples) must be 1 or more, not {num_samples}")
     if labels is None:
-        if num_samples is None:
-            num_samples = full_rows(NUM_SAMPLES, classes)
+        num_samples = num_samples or full_rows(NUM_SAMPLES, classes)
         labels = labels_in_turn(num_samples, classes, device)
     else:
         if classes is None:
             raise ValueError("labels (--labels): this model was trained without labels")
         labels = torch.as_tensor(labels, device=device).reshape(-1)
-        if labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all():
+        good = len(labels) and not labels.is_floating_point()
+        if not good or not ((labels >= 0) & (labels < classes)).all():
             raise ValueError(f"labels (--labels) must be whole numbers from 0 to {classes - 1}")
         if num_samples not in (None, len(labels)):
             raise ValueError(
                 f"num_samples (--num-samples) is {num_samples} for {len(labels)} labels"
             )
         num_samples = len(labels)
-    if num_samples < 1:
-        raise ValueError("num_samples (--num-samples) must be 1 or more")
     generator = generator_for("sampling", seed, device)
     images = []
     for i in progress_bar(range(0, num_samples, CHUNK), "sampling"):
@@ -457,10 +460,10 @@ def sample(
 # --- Files. (Nothing from here on is needed to understand diffusion.) -----------------------------
 
 MAX_LABEL = 9999  # every label up to the largest has a row in the network
-CHECKPOINT_FORMAT = "diffusion 4"  # changes when earlier files no longer fit
+CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
 # What a resumed run takes from its checkpoint. KEPT settings may not change.
-KEPT = "dataset batch_size optimizer lr timesteps schedule base_channels label_dropout seed".split()
-CHANGEABLE = "epochs sample_every num_samples sample_steps eta guidance data_dir".split()
+KEPT = "batch_size optimizer timesteps schedule base_channels label_dropout seed".split()
+CHANGEABLE = "dataset data_dir epochs lr sample_every num_samples sample_steps eta guidance".split()
 
 
 @contextlib.contextmanager
@@ -562,7 +565,7 @@ def to_tensors(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tup
     if labels is not None:
         labels = labels.reshape(-1) if labels.shape[1:] == (1,) else labels
         good = labels.dtype.kind in "iuf" and labels.shape == (len(images),)
-        if not good or ((labels % 1 != 0) | (labels < 0) | (labels > MAX_LABEL)).any():
+        if not good or not (np.isin(labels, np.arange(MAX_LABEL + 1))).all():
             raise ValueError(
                 f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, one for each image"
             )
@@ -578,7 +581,8 @@ def to_arrays(images: Tensor) -> np.ndarray:
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Write a file whole or not at all (atomically): beside it, out to the disk, into its place."""
-    temporary = path.with_name(path.name[:50] + ".tmp")  # the name may be as long as names can be
+    # Of this process alone; and cut short, since the name may be as long as names can be.
+    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")
     remedy = "Make room or name another folder; what was there is untouched"
     with explained(path, "cannot be written", remedy):
         content = io.BytesIO()
@@ -641,10 +645,10 @@ def load_model(
     path = Path(path).expanduser()
     state = load_checkpoint(path)
     with explained(path, "holds another network than this program's", "Name another one"):
-        scheduler = NoiseScheduler(**state["scheduler"]).to(device)
+        scheduler = NoiseScheduler(**state["scheduler"])
         model = UNet(scheduler, **state["unet"])
         model.load_state_dict(state["ema"])
-    return model.to(device, memory_format=memory_format(device)).eval(), scheduler
+    return model.to(device, memory_format=memory_format(device)).eval(), scheduler.to(device)
 
 
 def keep_earlier_checkpoint(path: Path) -> None:
@@ -766,19 +770,19 @@ def say(message: str, stream: TextIO | None = None) -> None:
     if stream is None and torchrun_variables()[0] > 0:
         return  # the first process speaks for all, except of errors
     stream = stream or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    message = message.encode(encoding, "backslashreplace").decode(encoding)
     try:
+        encoding = getattr(stream, "encoding", None) or "utf-8"
+        message = message.encode(encoding, "backslashreplace").decode(encoding)
         print(message, file=stream, flush=True)
-    except (OSError, ValueError):
+    except Exception:  # of many kinds: a notebook or a logger may have put anything in its place
         with contextlib.suppress(Exception):  # else what is left in the stream fails again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def one_line(error: Exception) -> str:
-    """What an exception says, in one line."""
+    """What an exception says, in one line that is not too long."""
     text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split()).rstrip(".:") or type(error).__name__
+    return textwrap.shorten(text, 300).rstrip(".:") or type(error).__name__
 
 
 def progress_bar(items: Sequence, title: str) -> tqdm:
@@ -877,7 +881,13 @@ def draw_forward_process(path: Path, scheduler: NoiseScheduler, images: Tensor, 
 
 
 def draw_denoising(
-    folder: Path, model: UNet, scheduler: NoiseScheduler, seed: int, options: dict
+    folder: Path,
+    model: UNet,
+    scheduler: NoiseScheduler,
+    num_steps: int,
+    eta: float,
+    guidance: float,
+    seed: int,
 ) -> None:
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     device = scheduler.betas.device
@@ -885,13 +895,10 @@ def draw_denoising(
     num_images = full_rows(40, model.num_classes)
     x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
     labels = labels_in_turn(num_images, model.num_classes, device)
-    options = {**options, "generator": generator}
-    way = [
-        (t, to_uint8(x_t).cpu(), to_uint8(x_0).cpu())
-        for t, x_t, x_0 in denoise(model, scheduler, x_T, labels, **options)
-    ]
+    steps = denoise(model, scheduler, x_T, labels, num_steps, eta, guidance, generator)
+    way = [(t, to_uint8(x_t).cpu(), to_uint8(x_0_pred).cpu()) for t, x_t, x_0_pred in steps]
     shown = [way[round(i * (len(way) - 1) / 10)] for i in range(11)]
-    pairs = [torch.stack([x_t[:4], x_0[:4]], dim=1).flatten(0, 1) for _, x_t, x_0 in shown]
+    pairs = [torch.stack([x_t[:4], x_0_pred[:4]], 1).flatten(0, 1) for _, x_t, x_0_pred in shown]
     columns = [f"t = {t}" if t >= 0 else "result" for t, _, _ in shown]
     rows, title = ["x_t", "predicted x_0"] * 4, f"Reverse process, in {len(way) - 1} steps"
     draw_images(folder / "denoising.png", torch.stack(pairs, dim=1), rows, columns, title)
@@ -930,16 +937,19 @@ def number(kind: type, low: float, high: float) -> Callable[[str], float]:
 
 def home_path(text: str) -> Path:
     """An option's type: a path, in which ~ stands for the home folder."""
-    return Path(os.path.expanduser(text))
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"there is no home folder for {text}") from None
 
 
 def source(text: str) -> str:
     """An option's type: a published set, or a path that stays right in another folder."""
-    return text if text in IDX_SETS else os.path.abspath(os.path.expanduser(text))
+    return text if text in IDX_SETS else os.path.abspath(home_path(text))
 
 
 def make_parser() -> Parser:
-    commands, _, _ = __doc__.partition("or, from Python")
+    commands, _, _ = (__doc__ or "").partition("or, from Python")  # python -OO drops it
     formatter = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=commands, formatter_class=formatter, allow_abbrev=False)
     count = number(int, 1, 10**6)
@@ -953,7 +963,8 @@ def make_parser() -> Parser:
     add("--lr", type=number(float, 1e-9, 1e9), help=f"highest learning rate ({LEARNING_RATES})")
     add("--timesteps", type=number(int, 2, 10**5), default=1000, help="T (%(default)s)")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="(%(default)s)")
-    add("--base-channels", type=count, default=48, help="width, a multiple of 24 (%(default)s)")
+    width = f"width, a multiple of {NORM_GROUPS} (%(default)s)"
+    add("--base-channels", type=count, default=32, help=width)
     dropout = "share of labels to drop, for guidance; 1: all, for a plain model (%(default)s)"
     add("--label-dropout", type=number(float, 1e-3, 1), default=0.1, help=dropout)
     add("--max-steps", type=count, metavar="N", help="end early, after N steps in all")
@@ -962,13 +973,14 @@ def make_parser() -> Parser:
     add = parser.add_argument_group("sampling").add_argument
     add("--sample-every", type=count, default=5, help="epochs between grids (%(default)s)")
     add("--num-samples", type=count, help=f"images to draw (about {NUM_SAMPLES}: full rows)")
-    add("--sample-steps", type=count, default=SAMPLE_STEPS, help="steps to an image (%(default)s)")
+    steps = "steps to an image, at most T (%(default)s)"
+    add("--sample-steps", type=count, default=SAMPLE_STEPS, help=steps)
     add("--eta", type=number(float, 0, 1), default=1.0, help="0: DDIM, 1: DDPM (%(default)s)")
     guidance = "strength of classifier-free guidance, 0: off (%(default)s)"
     add("--guidance", type=number(float, 0, 1e3), default=GUIDANCE, help=guidance)
     add("--sample-only", action="store_true", help="no training: draw with a trained network")
     labels = "what to draw, with --sample-only (every class in turn)"
-    add("--labels", type=int, nargs="+", help=labels)
+    add("--labels", type=number(int, 0, MAX_LABEL), nargs="+", help=labels)
     checkpoint = "with --sample-only (OUTPUT_DIR/checkpoint.pt, else pretrained.pt)"
     add("--checkpoint", type=home_path, help=checkpoint)
     output = "with --sample-only: .png, .npy or .npz (OUTPUT_DIR/samples.png)"
@@ -1006,14 +1018,12 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 say(f"resuming with {option} {new} (was {old})")
 
     args.lr = args.lr or LEARNING_RATES[args.optimizer]
-    args.sampler = {"num_steps": args.sample_steps, "eta": args.eta, "guidance": args.guidance}
+    args.sampler = {"eta": args.eta, "guidance": args.guidance, "seed": args.seed}
     num_processes = torchrun_variables()[2]
     if args.dataset not in IDX_SETS and not args.dataset.endswith(".npz"):
         parser.error(f"argument --dataset: must be {', '.join(IDX_SETS)} or an .npz file")
-    if args.base_channels % BASE_CHANNELS_FACTOR:
-        parser.error(f"argument --base-channels: must be a multiple of {BASE_CHANNELS_FACTOR}")
-    if args.sample_steps > args.timesteps and not args.sample_only:
-        parser.error(f"argument --sample-steps: {args.sample_steps} is more than --timesteps")
+    if args.base_channels % NORM_GROUPS:
+        parser.error(f"argument --base-channels: must be a multiple of {NORM_GROUPS}")
     if args.batch_size % num_processes:
         parser.error(f"argument --batch-size: must divide among {num_processes} processes")
     if not args.sample_only and (args.labels or args.checkpoint or args.output):
@@ -1030,7 +1040,8 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     path = args.checkpoint or (own if own.exists() else HERE / "pretrained.pt")
     model, scheduler = load_model(path, device)
     started = time.monotonic()
-    images = sample(model, scheduler, args.num_samples, args.labels, seed=args.seed, **args.sampler)
+    num_steps = min(args.sample_steps, scheduler.num_timesteps)
+    images = sample(model, scheduler, args.num_samples, args.labels, num_steps, **args.sampler)
     seconds = time.monotonic() - started
     arrays = {"images": to_arrays(images)}
     if model.num_classes:
@@ -1067,8 +1078,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 train(args, device, signals)
             elif rank == 0:
                 sample_only(args, device)
+    except (RuntimeError, MemoryError) as error:
+        if "memory" not in f"{error!r}".lower():
+            raise
+        problem = one_line(error).partition(". ")[0]
+        raise OSError(f"{problem}. Try a lower --batch-size or --base-channels") from None
     except KeyboardInterrupt:
-        again = command_line("--resume", "--output-dir", folder, "--device", args.device)
+        again = command_line("--resume", f"--output-dir={folder}", f"--device={args.device}")
         resumable = not args.sample_only and (folder / "checkpoint.pt").exists()
         if rank == 0:
             say(f"interrupted{'; go on with: ' + again if resumable else ''}", sys.stderr)

@@ -18,8 +18,8 @@ import train_diffusion
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_TEST, BATCH_SIZE = 64, 16, 8
 STEPS_PER_EPOCH = NUM_TRAIN // BATCH_SIZE
-# A network and a run so small that a step takes milliseconds. 24 channels are the fewest.
-TINY = ["--base-channels", "24", "--batch-size", str(BATCH_SIZE), "--timesteps", "20"]
+# A network and a run so small that a step takes milliseconds. 8 channels are the fewest.
+TINY = ["--base-channels", "8", "--batch-size", str(BATCH_SIZE), "--timesteps", "20"]
 TINY += ["--sample-steps", "2", "--num-samples", "4"]
 LONG = [*TINY, "--epochs", "1000", "--sample-every", "1000"]  # longer than any test lasts
 

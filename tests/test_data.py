@@ -229,7 +229,7 @@ def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
         ({"images": GRAY, "labels": LABELS + 10**9}, "from 0 to 9999"),
         ({"images": GRAY, "test_images": COLOR}, "other shapes"),
         ({"images": GRAY, "labels": LABELS, "test_images": GRAY}, "labels where"),
-        ({"images": GRAY[:8]}, "--batch-size: there are only 7 images"),
+        ({"images": GRAY[:8]}, "--batch-size: only 7 images"),
     ],
 )
 def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path):

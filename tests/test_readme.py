@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -31,15 +32,11 @@ def test_every_other_command_of_the_program_works(small_data, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     small = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path]
     assert run_main(*small, "--max-steps", 2) == (0, "")
-    elsewhere = [
-        "torchrun --nproc-per-node=2 train_diffusion.py",  # test_robustness.py runs it
-        "python -m pip install -q -r benchmarks/requirements.txt",
-        "python benchmarks/quality.py pretrained.pt",  # takes minutes
-    ]
-    commands = [shlex.split(command) for command in COMMANDS[2:] if command not in elsewhere]
-    assert len(commands) == len(COMMANDS) - 5
-    assert all(command[:2] == ["python", "train_diffusion.py"] for command in commands)
-    for options in (command[2:] for command in commands):
+    shutil.copy(ROOT / "pretrained.pt", tmp_path)
+    commands = [shlex.split(command, comments=True) for command in COMMANDS[2:]]
+    ours = [command[2:] for command in commands if command[1] == "train_diffusion.py"]
+    assert len(ours) == 5
+    for options in ours:
         if "--sample-only" in options:
             labels = "--labels" in options
             few = ["--sample-steps", 2, *([] if labels else ["--num-samples", 4])]
@@ -48,12 +45,24 @@ def test_every_other_command_of_the_program_works(small_data, tmp_path, monkeypa
         assert run_main(*options, *few) == (0, ""), options
 
 
+def test_readme_and_help_name_the_same_options():
+    """And the defaults that the README states are the program's."""
+    parser = program.make_parser()
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
+    assert named - {"--nproc-per-node"} <= set(parser._option_string_actions)
+    assert all(action.help for action in parser._actions)
+    default, text = parser.get_default, " ".join(README.split())
+    assert f"the default is {default('guidance')}." in text
+    assert f"{default('sample_steps')} do, as" in text and f"$T = {default('timesteps')}$" in text
+
+
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
     """Runs a block as it stands. Returns the images of its picture, [rows, columns, 28, 28]."""
     monkeypatch.chdir(tmp_path)
 
     def run(name):
+        torch.manual_seed(0)  # not every block has its own seed
         exec(CODE[name], {})
         pixels = np.asarray(Image.open(f"{name}.png").convert("L")).astype(int)
         rows, columns = pixels.shape[0] // 30, pixels.shape[1] // 30
@@ -100,7 +109,7 @@ def test_the_way_leads_from_noise_over_the_average_seven_to_a_seven(shown, look_
 
 def test_a_walk_changes_a_little_at_every_stop(shown, look_like):
     (cells,) = shown("walk")
-    assert right(look_like(cells), [4] * 10) >= 0.7
+    assert right(look_like(cells), [2] * 10) >= 0.7
     steps = np.abs(np.diff(cells, axis=0)).mean(axis=(1, 2))
     assert steps.max() < np.abs(cells[0] - cells[-1]).mean()
 
