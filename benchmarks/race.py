@@ -1,7 +1,7 @@
 """Who draws the better digits after the same minutes of training? Ours beside three projects.
 
     python -m pip install -r benchmarks/requirements.txt
-    python benchmarks/race.py --minutes 5 15 --picture docs/race.png
+    python benchmarks/race.py --minutes 5 15 --picture race.png
 
 Every contender trains once, as its own documentation trains, on the same images and labels in
 memory, for the largest number of minutes; the weights are kept at each of --minutes. Only training
