@@ -565,7 +565,7 @@ def to_tensors(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tup
     if labels is not None:
         labels = labels.reshape(-1) if labels.shape[1:] == (1,) else labels
         good = labels.dtype.kind in "iuf" and labels.shape == (len(images),)
-        if not good or not (np.isin(labels, np.arange(MAX_LABEL + 1))).all():
+        if not good or not np.isin(labels, np.arange(MAX_LABEL + 1)).all():
             raise ValueError(
                 f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, one for each image"
             )

@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from quality import Judge, mnist, proportional_labels
+from quality import NUM_CLASSES, Judge, mnist, proportional_labels
+from speed import diffusers_net
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import make_grid
@@ -34,9 +35,7 @@ from torchvision.utils import make_grid
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
 
-NUM_CLASSES = 10
-NUM_STEPS = 25  # of every sampler
-CHUNK = 250  # digits that are drawn together
+NUM_STEPS = train_diffusion.SAMPLE_STEPS  # of every sampler
 
 
 @dataclass
@@ -79,18 +78,9 @@ def ours(optimizer: str = "muon") -> Contender:
 
 def diffusers() -> Contender:
     """Unit 2 of the Hugging Face diffusion course, with diffusers' own embedding of the label."""
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers import DDIMScheduler, DDPMScheduler
 
-    model = UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=NUM_CLASSES,
-    )
+    model = diffusers_net(NUM_CLASSES)
     schedule = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
     noising = DDPMScheduler(**schedule)
 
@@ -190,7 +180,7 @@ def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, in
 def draw(contender: Contender, ema: nn.Module, labels: Tensor) -> Tensor:
     """uint8 [N, 1, 28, 28]."""
     torch.manual_seed(0)
-    chunks = [contender.draw(ema, chunk) for chunk in labels.split(CHUNK)]
+    chunks = [contender.draw(ema, chunk) for chunk in labels.split(train_diffusion.CHUNK)]
     return train_diffusion.to_uint8(torch.cat(chunks))
 
 
@@ -229,7 +219,7 @@ def main() -> None:
     args = parser.parse_args()
     minutes = sorted(args.minutes)
 
-    judge = Judge()
+    judge, labels = Judge(), proportional_labels(args.num_samples, mnist()[0][1])
     test_images, test_labels = mnist()[1]
     first = [int((test_labels == digit).nonzero()[0]) for digit in range(NUM_CLASSES)]
     rows, digits = [], {"real digits": test_images[first]}
@@ -237,7 +227,6 @@ def main() -> None:
         torch.manual_seed(args.seed)
         contender = CONTENDERS[name]()
         for minute, (ema, seen) in zip(minutes, race(contender, minutes)):
-            labels = proportional_labels(args.num_samples, mnist()[0][1])
             started = time.perf_counter()
             figures = judge(draw(contender, ema, labels), labels)
             figures["sampling_and_judging_seconds"] = round(time.perf_counter() - started)

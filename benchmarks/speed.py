@@ -89,8 +89,8 @@ def our_step(device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
     return model, step
 
 
-def diffusers_net() -> nn.Module:
-    """The network of the Hugging Face diffusion course, unit 1."""
+def diffusers_net(num_classes: int | None = None) -> nn.Module:
+    """The network of the Hugging Face diffusion course, with diffusers' own labels if wanted."""
     from diffusers import UNet2DModel
 
     return UNet2DModel(
@@ -101,6 +101,7 @@ def diffusers_net() -> nn.Module:
         block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=num_classes,
     )
 
 

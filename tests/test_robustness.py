@@ -124,6 +124,7 @@ def kill_loop(folder, data_dir, kills: int) -> None:
         process.kill()
         process.join()
         steps.append(checkpoint(killed)["step"])  # ends the test if it does not load
+        assert len(list(killed.glob("*.tmp"))) < len(steps)  # one for each kill at most
     assert steps == sorted(set(steps))
     end = ["--max-steps", steps[-1] + 2]
     assert run_main(*resume, *end) == (0, "")
