@@ -56,7 +56,7 @@ from torch import Tensor, nn
 
 # --- The schedule, the forward process, the reverse step ------------------------------------------
 
-# The largest beta. After 1 nothing is left of x_0, and `predict_x0` would divide by alpha-bar = 0.
+# The largest beta. A beta of 1 leaves nothing of x_0, and `predict_x0` would divide by 0.
 MAX_BETA = 0.999
 
 
@@ -69,7 +69,7 @@ def cosine_betas(num_timesteps: int) -> Tensor:
     The linear schedule destroys an image long before the last step and wastes the steps after that;
     the cosine loses the signal slowly at both ends and steadily in between. s keeps the first betas
     from vanishing: such tiny noise is hard to predict. T betas need the curve at T + 1 points, from
-    u = 0 to 1. There f is 0, so the last beta is the one that MAX_BETA caps.
+    u = 0 to 1. At u = 1 f is 0, so the last beta is the one that MAX_BETA caps.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -115,7 +115,8 @@ class NoiseScheduler(nn.Module):
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         # Sampling starts at T - 1 from noise that knows of no image, so x_t must hold next to
-        # nothing of one there. By the cosine with T = 1000, alpha-bar is 2.4e-9 at the end.
+        # nothing of one there. By the cosine with T = 1000, alpha-bar falls from 1 - 4e-5 at t = 0
+        # to 2.4e-9.
         assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
 
         # q(x_{t-1} | x_t, x_0) is a Gaussian. DDPM eq. 7 gives its mean, a weighted sum of x_0 and
@@ -148,7 +149,7 @@ class NoiseScheduler(nn.Module):
 
         All the small steps up to t make one large one, so training may visit any t directly. For
         two steps: the second scales the first one's variance, 1 - alpha_{t-1}, by alpha_t and adds
-        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step adds a factor.
+        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step is one more factor.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -193,16 +194,21 @@ class NoiseScheduler(nn.Module):
         Where x_t came from, given x_0 too. At t = 0 that is x_0 itself, with variance 0.
 
         Sampling does not know x_0 and puts the predicted one in its place: the mean of all images
-        that fit x_t. The mean above stays exact, being linear in x_0. The variance comes out too
-        small, by c^2 Var(x_0 | x_t), where c is the factor of x_0 in the mean (the law of total
-        variance). For lack of it large steps give blurred images: the largest, from T - 1 to the
-        clean image, gives the mean of all of them. How much is missing? No guess at x_0 is worse
-        on average than x_t / sqrt(alpha-bar_t), so Var(x_0 | x_t) is at most
-        (1 - alpha-bar_t) / alpha-bar_t, and what is missing at most beta_t^2 / (alpha_t
-        (1 - alpha-bar_t)). Beside beta_t that is little if a step takes away a small share of the
-        noise, beta_t << 1 - alpha-bar_t: hence many small steps. After each of them fewer images
-        fit, and their mean is sharper. (In the last steps the share is large, but there the images
-        that fit differ by less than one sees.)
+        that fit x_t. The mean above stays exact, being linear in x_0 (if the network is perfect and
+        not guided). The variance comes out too small, by c^2 Var(x_0 | x_t), where c is the factor
+        of x_0 in the mean (the law of total variance). Without that a large step gives a blurred
+        image: the largest, from T - 1 to the clean image, has c = 1 and gives the mean of all
+        images.
+
+        How much is missing in a small step? No guess at x_0 has a smaller squared error than the
+        mean. So Var(x_0 | x_t), which is the mean's squared error, is on average at most that of
+        the guess x_t / sqrt(alpha-bar_t): (1 - alpha-bar_t) / alpha-bar_t. Times c^2, this is
+        beta_t^2 / (alpha_t (1 - alpha-bar_t)). It is little beside beta_t if step t added a small
+        share of the noise, beta_t << 1 - alpha-bar_t: hence many small steps. After each of them
+        fewer images fit, and their mean is sharper. (The share is large in the very first steps
+        from T - 1 and in the last ones to t = 0. But at first c, which has the factor
+        sqrt(alpha-bar_{t-1}), is near 0, and at last the images that fit differ by less than one
+        sees.)
 
         `step` is this Gaussian in another form, which jumps over timesteps too.
         """
@@ -228,15 +234,18 @@ class NoiseScheduler(nn.Module):
             sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t))
                              sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
-        With eta = 1 and t_prev = t - 1 this is DDPM's Algorithm 2, ancestral sampling: a draw from
-        `posterior` with x_0_pred in it, sigma^2 being beta-tilde_t (put x_t = sqrt(alpha-bar_t) x_0
-        + sqrt(1 - alpha-bar_t) eps into its mean). DDPM also tries sigma^2 = beta_t, section 3.2,
-        and finds the results similar. With eta = 0 there is no fresh noise, so the starting noise
-        alone decides the image: what most people mean by DDIM. For any eta the noise in x_{t_prev}
-        has the variance (1 - alpha-bar_prev - sigma^2) + sigma^2 = 1 - alpha-bar_prev, as in
-        training: sigma only trades old noise for fresh. So t_prev may lie many timesteps back;
-        alpha-bar_prev is alpha-bar there. At t_prev = -1 it is 1, sigma is 0, and x_0_pred is the
-        result.
+        alpha-bar_prev is alpha-bar at t_prev. With eta = 1 and t_prev = t - 1 this is DDPM's
+        Algorithm 2, ancestral sampling: a draw from `posterior` with x_0_pred in it, sigma^2 being
+        beta-tilde_t. (To see it, put sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps for x_t into
+        its mean.) That variance is right if only one image fits. beta_t, the larger one, is right
+        for x_0 ~ N(0, I); DDPM tries both and gets similar results (section 3.2). With eta = 0
+        there is no fresh noise, so the starting noise alone decides the image: what most people
+        mean by DDIM.
+
+        Were eps_theta the true noise, then for any eta the noise in x_{t_prev} would have the
+        variance (1 - alpha-bar_prev - sigma^2) + sigma^2 = 1 - alpha-bar_prev, as in training:
+        sigma only trades old noise for fresh. So t_prev may lie many timesteps back. At t_prev = -1
+        alpha-bar_prev is 1, sigma is 0, and x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -247,9 +256,10 @@ class NoiseScheduler(nn.Module):
             noise: z, the fresh noise, shaped like x_t; drawn if not given.
             clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does and Algorithm 2
                 does not. predict_x0 divides an error of noise_pred by sqrt(alpha-bar_t), which is
-                5e-5 at t = 999 of the cosine schedule. So a network whose last layer is noise_pred
-                may give any x_0_pred there. (`UNet` below ends otherwise; its x_0_pred goes little
-                beyond the range.) Clamping x_t instead would cut off noise that belongs to it.
+                5e-5 at t = 999 of the cosine schedule. So if the last layer of a network is
+                noise_pred, its x_0_pred may be anything there. (`UNet` ends otherwise, so it hardly
+                matters here: the README's first exercise.) Clamping x_t instead would cut off noise
+                that belongs to it.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -316,7 +326,7 @@ NUM_HEADS = 2  # of the attention: each looks for something of its own
 
 
 def zero_init(layer: nn.Module) -> nn.Module:
-    """The same layer with weight and bias at zero."""
+    """The same layer, at zero: a branch that ends in it adds nothing at first."""
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
@@ -391,7 +401,8 @@ class UNet(nn.Module):
           head, unfold                     [B, 1, 28, 28] = v_theta
 
     The fold (space-to-depth) loses nothing and makes the costliest convolutions four times cheaper.
-    Most layers sit at the lowest resolution: they cost least there, and see most.
+    Most layers sit at the lowest resolution: a kernel covers more of the image there, and a layer
+    of 2c channels costs no more than one of c channels above.
 
     v-prediction (Salimans, Ho 2022, section 4). The layers put out v_theta, and the noise is
 
@@ -400,12 +411,15 @@ class UNet(nn.Module):
     Put that into `predict_x0`, and the division by sqrt(alpha-bar_t) cancels out: x_0 becomes
     sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta. That is what it is for. At t = 999 an
     eps_theta straight from the layers would have its error divided by sqrt(alpha-bar_t) = 5e-5, and
-    x_0_pred would be noise, cut to [-1, 1]; with v it is the average image. (The loss hardly counts
-    v there: its error has the weight alpha-bar_t. So what v is there, the layers have learned at
-    smaller t.) It is the same prediction in other coordinates: v = sqrt(alpha-bar_t) eps -
-    sqrt(1 - alpha-bar_t) x_0. The last layer of every branch starts at zero, so a new network says
-    sqrt(1 - alpha-bar_t) x_t. That is the right answer, E[eps | x_t], as long as nothing is known
-    of the images but their size, x_0 ~ N(0, I).
+    x_0_pred would be noise, cut to [-1, 1]; with v it is roughly the average image (README, "The
+    way from noise to a digit"). It is the same prediction in other coordinates: v =
+    sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0. The loss stays that of the noise, DDPM's; it
+    gives an error of v the weight alpha-bar_t. So at t = 999 it hardly counts v; but v is about
+    -x_0 at all large t, and the layers learn that from slightly smaller t.
+
+    The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. For x_0 ~ N(0, I) that
+    is the right answer, E[eps | x_t], since eps and x_t have variance 1 each and covariance
+    sqrt(1 - alpha-bar_t).
 
     Labels, for a network that draws what it is asked for; skip this for the plain model. With
     num_classes, every class has a vector that is added to the embedding of the time. One more row

@@ -21,6 +21,7 @@ after that is not about diffusion: files, processes, pictures, the command line,
 import argparse
 import contextlib
 import copy
+import datetime
 import gzip
 import io
 import itertools
@@ -41,8 +42,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO, NoReturn, TextIO
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports: no traceback
+if __name__ == "__main__":  # Ctrl-C during the slow imports: no traceback
+    SIGINT_HANDLER = signal.signal(signal.SIGINT, signal.SIG_DFL)
 # import matplotlib would fail over a backend that is not installed, and files need none.
 MPLBACKEND = os.environ.pop("MPLBACKEND", None)
 
@@ -63,13 +64,15 @@ from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
 
 if MPLBACKEND is not None:
     os.environ["MPLBACKEND"] = MPLBACKEND
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, SIGINT_HANDLER)
 
 HERE = Path(__file__).resolve().parent
 IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
 LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run; Muon: the file's last section
 WARMUP_STEPS = 200  # steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
-EMA_DECAY = 0.999  # the average of the weights looks back over about 1 / (1 - decay) steps
+EMA_DECAY = 0.999  # of the weights' exponential moving average: about 1 / (1 - decay) steps long
 CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait for a GPU
 SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
 NUM_HELD_OUT = 2000  # images at most for the held-out loss
@@ -107,17 +110,18 @@ def training_loss(
     This is DDPM's Algorithm 1 up to its gradient step.
 
     Why a squared error: the images should be probable to the network. Their negative log-likelihood
-    has an upper bound (the variational bound, DDPM eq. 5) that compares, at every t, the true step
-    back, `NoiseScheduler.posterior`, with the network's. Both are Gaussians of the same variance,
-    and the distance (KL divergence) of such is the squared distance of their means, times a factor
-    (eq. 8). These means differ by a multiple of noise - noise_pred (eq. 12). Eq. 14 leaves all the
-    factors out.
+    has an upper bound (the variational bound, DDPM eq. 5) that compares, at every t > 0, the true
+    step back, `NoiseScheduler.posterior`, with the network's. Both are Gaussians of the same
+    variance, and the distance (KL divergence) of such is the squared distance of their means, times
+    a factor (eq. 8). These means differ by a multiple of noise - noise_pred (eq. 12). Eq. 14 leaves
+    all the factors out. That is no longer the bound, but in DDPM counts small t less and draws
+    better (section 3.4).
 
     Why the noise and not the image: x_0_pred is wrong by the error of noise_pred times
     sqrt((1 - alpha-bar_t) / alpha-bar_t), so its square would count large t most, where there is
-    hardly an image to see. DDPM tried that and got worse samples (section 3.2). Besides, the mean
-    of the noises that fit x_t is also the direction in which x_t gets more probable (the score):
-    grad log p(x_t) = -E[eps | x_t] / sqrt(1 - alpha-bar_t).
+    hardly an image to see. DDPM, predicting x_0, got worse samples (section 3.2). Besides, minus
+    the mean of the noises that fit x_t points to where x_t gets more probable; up to a factor it is
+    the score, grad log q(x_t) = -E[eps | x_t] / sqrt(1 - alpha-bar_t).
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -149,12 +153,15 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     (images, labels), (test_images, test_labels) = load_images(args.dataset, data_dir)
     if batch_size > len(images):
         raise ValueError(f"argument --batch-size: only {len(images)} images are to train on")
+    data = [images] if labels is None else [images, labels]
+    check_sums = [zlib.crc32(x.contiguous().numpy()) for x in data]  # a run keeps to its images
     if labels is None or args.label_dropout == 1:
         num_classes = labels = test_labels = None
     else:
-        num_classes = int(max(labels.max(), test_labels.max())) + 1
+        if not torch.isin(test_labels, labels).all():
+            raise ValueError(f"{args.dataset}: only held-out images have some label. Shuffle it")
+        num_classes = int(labels.max()) + 1
         labels, test_labels = labels.to(device), test_labels[:NUM_HELD_OUT].to(device)
-    check_sum = zlib.crc32(images.contiguous().numpy())  # a run goes on with the same images
     images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
     steps_per_epoch = len(images) // batch_size
     total_steps = args.epochs * steps_per_epoch
@@ -178,7 +185,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     # Resume.
     if args.resume:
         saved = args.saved
-        if (saved.get("unet"), saved.get("check_sum")) != (shape, check_sum):
+        if (saved.get("unet"), saved.get("check_sums")) != (shape, check_sums):
             raise ValueError(f"--resume: {args.dataset} is not what {path} was trained on")
         with explained(path, "does not fit this program", "Name another --output-dir"):
             model.load_state_dict(saved["model"])
@@ -190,13 +197,13 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         if step >= last_step:
             asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {path} is at step {step}, and {asked}")
-    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # no copies
+    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # ema's own
 
     def save() -> None:
         """Write checkpoint.pt: all that a run needs to go on, in tensors and plain values."""
         state = {"settings": {name: getattr(args, name) for name in CHANGEABLE + KEPT}}
         state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        state |= {"step": step, "seconds": seconds, "losses": losses, "check_sum": check_sum}
+        state |= {"step": step, "seconds": seconds, "losses": losses, "check_sums": check_sums}
         if rank == 0:
             save_checkpoint(path, weights | state | {"history": history})
 
@@ -204,11 +211,12 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         if not args.resume:
             keep_earlier_checkpoint(path)
             save()  # now, so that a run can be resumed whenever it is interrupted
+        signals.resumable = True
         draw_noise_schedule(folder / "noise_schedule.png", args.timesteps)
         draw_forward_process(folder / "forward_process.png", scheduler, test_images[:4], args.seed)
     while step < last_step or len(history) < step // steps_per_epoch:
         # What is left of an epoch, as numbers of images, [steps, B]. (Nothing, if the run was
-        # killed between "Save" and "look" below.)
+        # killed after the epoch's last step and before its row in the log.)
         epoch, start = len(history) + 1, len(history) * steps_per_epoch
         order = torch.randperm(len(images), generator=generator_for(f"epoch {epoch}", args.seed))
         batches = order[: steps_per_epoch * batch_size].view(steps_per_epoch, -1).to(device)
@@ -216,7 +224,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         clock = saved_at = time.monotonic()
         signals.deferred = True
         for batch in bar:
-            # Draw t, noise, and whose label to drop (`guided_noise` needs a network that also does
+            # Draw t, noise, and whose label to drop (`guided_noise` needs a network that also works
             # without). The generator's own seed makes every step repeatable.
             draw = {"generator": generator_for(f"step {step}", args.seed, device), "device": device}
             t = torch.randint(args.timesteps, (batch_size,), **draw)[share]
@@ -226,7 +234,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             y = labels[batch].masked_fill(dropped, model.no_label) if num_classes else None
 
             # Predict the noise (in bfloat16 where the GPU has it, for speed).
-            with torch.autocast(device.type, torch.bfloat16, enabled=use_bf16):
+            with torch.autocast("cuda" if use_bf16 else "cpu", torch.bfloat16, enabled=use_bf16):
                 loss = training_loss(model, scheduler, x_0, y, t, noise).mean()
 
             # Learn: one step down the gradient. The learning rate rises over the first steps, then
@@ -241,8 +249,9 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
                 optimizer.param_groups[0]["lr"] = lr
                 optimizer.step()
 
-            # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model,
-            # with a short memory at first, so that the random start is soon forgotten.
+            # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model.
+            # That evens out what single batches do to them. Its memory is short at first, so that
+            # the random start is soon forgotten.
             decay = min(EMA_DECAY, (1 + step) / (10 + step))
             get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
 
@@ -256,7 +265,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
                 if now - saved_at > SAVE_EVERY:
                     save()
                     saved_at = now
-            meet = num_processes == 1 or step % CHECK_EVERY == 0
+            meet = num_processes == 1 or step % CHECK_EVERY == 0  # processes wait for each other
             if meet and any_process(signals.received, device):
                 break
 
@@ -264,9 +273,9 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         bar.close()
         stop_if_not_finite(losses[: step - start], start, path)
         save()
+        signals.deferred = num_processes > 1
         if any_process(signals.received, device):
             raise KeyboardInterrupt(*signals.received)
-        signals.deferred = num_processes > 1
         row = {"epoch": epoch, "step": step, "train_loss": losses[: step - start].mean().item()}
         if rank == 0:
             t, errors = held_out_loss(ema, scheduler, test_images, test_labels, args.seed)
@@ -284,9 +293,9 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
             save()  # with the row, so that a resumed run does not look again
 
     if rank == 0:
-        draw_denoising(folder, ema, scheduler, num_steps, **args.sampler)
         with not_vital(folder / "weights.pt") as file:
             save_checkpoint(file, weights)
+        draw_denoising(folder, ema, scheduler, num_steps, **args.sampler)
         say(f"done: {step} steps, {seconds / 60:.1f} min of training; all files are in {folder}")
         say(f"draw more: {command_line('--sample-only', f'--checkpoint={path}')}")
     any_process(False, device)  # nobody leaves before all are done
@@ -335,9 +344,10 @@ def guided_noise(
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), and by Bayes' rule
-    grad log p(x_t | label) - grad log p(x_t) = grad log p(label | x_t). So guidance goes farther to
-    where x_t fits its label better. Images get clearer, and more alike.
+    drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), see `training_loss`, and
+    by Bayes' rule grad log q(x_t | label) - grad log q(x_t) = grad log q(label | x_t). So guidance
+    goes farther to where x_t fits its label better. Images get clearer, and more alike; each step
+    costs twice as much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -362,10 +372,11 @@ def denoise(
 
     With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2 (with x_0_pred clamped, see
     `NoiseScheduler.step`). Fewer steps are longer jumps by DDIM's formula. Every jump leaves x_t
-    with the noise that the network knows from training, so it may be asked at any of its T
-    timesteps. `posterior` says what a long jump loses: nothing at large t, where alpha-bar is near
-    0 and the image still open, and little at small t, where hardly any other image fits. How few
-    steps do in between was found by trial (benchmarks/RESULTS.md).
+    with about the noise that the network knows from training, so it may be asked at any of its T
+    timesteps. What a long jump loses (see `posterior`) is little at large t, where alpha-bar is
+    near 0 and x_0 has little weight, and at small t, where hardly any other image fits. How few
+    steps do in between was found by trial: 25 draw about as well as 50 or 100 here, 10 worse
+    (benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -396,13 +407,13 @@ def labels_in_turn(
 
 
 def columns_for(num_classes: int | None) -> int:
-    """So many columns, about ten, that each of them shows one class when labels are in turn."""
+    """Columns of a grid, about ten or more: each shows one class if labels are in turn."""
     classes = num_classes or 1
     return classes * max(1, 10 // classes)
 
 
 def full_rows(about: int, num_classes: int | None) -> int:
-    """About so many images that they fill the rows of a grid."""
+    """How many images fill the rows of a grid: about as many as that."""
     columns = columns_for(num_classes)
     return columns * max(1, about // columns)
 
@@ -419,8 +430,8 @@ def sample(
 ) -> Tensor:
     """Draw images, uint8 [N, C, H, W]: with the same seed and options, the same on every call.
 
-    Without labels, a model that has classes draws them in turn. (Its "no label" row has learned
-    from few images, those whose labels were dropped: it is there for guidance, and draws badly.)
+    Without labels, a model that has classes draws them in turn. (Its "no label" row is there for
+    guidance, and draws badly.)
 
     Args:
         num_samples: how many; as many as labels if those are given, else about 100, in full rows.
@@ -482,7 +493,8 @@ def load_images(dataset: str = "MNIST", data_dir: str | Path = HERE / "data") ->
 
     Args:
         dataset: MNIST, FashionMNIST or KMNIST; or an .npz file with an array `images`, uint8
-            [N, H, W] or [N, H, W, 3], and perhaps `labels` (else None), whole numbers from 0.
+            [N, H, W] or [N, H, W, 3], and perhaps `labels` (else None), whole numbers from 0; or
+            with the names of MedMNIST (train_images, test_images, ...) or Keras (x_train, ...).
         data_dir: where the published sets are. What is missing is downloaded.
     """
     if dataset not in IDX_SETS:
@@ -681,8 +693,9 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
         sum_over_processes.kept = tensor
         try:
             dist.all_reduce(tensor)
-        except RuntimeError:  # the connection is closed
-            raise OSError("another process has ended; see what it said") from None
+        except RuntimeError as error:  # mostly: the connection is closed
+            problem = "another process has ended, see what it said, or cannot be reached"
+            raise OSError(f"{problem} ({one_line(error)})") from None
     return tensor
 
 
@@ -710,12 +723,12 @@ def choose_device(name: str = "auto") -> torch.device:
     for candidate in auto if name == "auto" else [name]:
         try:
             device = torch.device(f"cuda:{local_rank}" if candidate == "cuda" else candidate)
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            if device.type == "mps" and num_processes > 1:
+            if candidate not in ("cuda", "cpu") and num_processes > 1:
                 raise ValueError("it serves one process alone")
             x = torch.ones(1, 1, 3, 3, device=device)
             F.conv2d(x, x).item()  # a GPU may be too old for this PyTorch, taken, or broken
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
             return device
         except Exception as error:  # of many kinds
             problem = f"argument --device: {candidate} cannot be used ({one_line(error)})"
@@ -731,30 +744,32 @@ def memory_format(device: torch.device | str) -> torch.memory_format:
 
 @contextlib.contextmanager
 def heard_signals() -> Iterator[SimpleNamespace]:
-    """SIGINT (Ctrl-C), SIGTERM and SIGHUP in this block; yields what `train` needs of them.
+    """SIGINT (Ctrl-C), SIGTERM and the like in this block; yields what `train` needs of them.
 
     While `deferred`, a signal is only noted in `received`, so that the loop can end its step and
     save. A second one, or one at another time, raises KeyboardInterrupt. Several processes go on
     deferring, since they have to leave together and torchrun repeats the signal.
     """
-    signals = SimpleNamespace(received=[], deferred=False)
+    signals = SimpleNamespace(received=[], deferred=False, resumable=False)
+    # Windows has no hangup, but a Ctrl-Break.
+    hangup, ctrl_break = (getattr(signal, name, None) for name in ("SIGHUP", "SIGBREAK"))
 
     def handle(signum: int, frame: object) -> None:
         signals.received.append(signum)
         again = len(signals.received) > 1 and torchrun_variables()[2] == 1
-        if again or not signals.deferred:
+        if not signals.deferred or (again and signum != hangup):  # a terminal sends it twice
             raise KeyboardInterrupt(signum)
 
-    heard = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-        heard.append(signal.SIGHUP)  # Windows has none, and nohup ignores it
+    heard = [signal.SIGINT, signal.SIGTERM, ctrl_break]
+    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup does
+        heard.append(hangup)
     in_main = threading.current_thread() is threading.main_thread()  # else no handler may be set
-    before = {signum: signal.signal(signum, handle) for signum in heard if in_main}
+    before = {signum: signal.signal(signum, handle) for signum in heard if signum and in_main}
     try:
         yield signals
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            signal.signal(signum, handler or signal.SIG_DFL)  # None: it was not set by Python
 
 
 def stop_if_not_finite(losses: Tensor, first_step: int, path: Path) -> None:
@@ -800,7 +815,7 @@ def command_line(*options: object) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-# --- Pictures. (They help to understand diffusion; how they are drawn does not.) ------------------
+# --- Pictures -------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -892,7 +907,7 @@ def draw_denoising(
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     device = scheduler.betas.device
     generator = generator_for("denoising pictures", seed, device)
-    num_images = full_rows(40, model.num_classes)
+    num_images = min(full_rows(40, model.num_classes), CHUNK)
     x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
     labels = labels_in_turn(num_images, model.num_classes, device)
     steps = denoise(model, scheduler, x_T, labels, num_steps, eta, guidance, generator)
@@ -1029,7 +1044,8 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not args.sample_only and (args.labels or args.checkpoint or args.output):
         parser.error("--labels, --checkpoint and --output need --sample-only")
     args.output = args.output or args.output_dir / "samples.png"
-    if args.output.suffix not in (".png", ".npy", ".npz") or args.output.is_dir():
+    directory = args.sample_only and args.output.is_dir()
+    if args.output.suffix not in (".png", ".npy", ".npz") or directory:
         parser.error(f"argument --output: must be a .png, .npy or .npz file, not {args.output}")
     return args
 
@@ -1070,28 +1086,32 @@ def main(argv: Sequence[str] | None = None) -> None:
     with explained(folder, "cannot be written to", remedy, ValueError):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-    if num_processes > 1 and not args.sample_only:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        with heard_signals() as signals:
+    together = num_processes > 1 and not args.sample_only
+    if together:  # the first alone draws pictures, for which the others may have to wait long
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    with heard_signals() as signals:
+        try:
             if not args.sample_only:
                 train(args, device, signals)
             elif rank == 0:
                 sample_only(args, device)
-    except (RuntimeError, MemoryError) as error:
-        if "memory" not in f"{error!r}".lower():
+        except (RuntimeError, MemoryError) as error:
+            text = one_line(error)
+            known = ("out of memory", "allocate memory", "not enough memory")
+            if isinstance(error, RuntimeError) and not any(words in text for words in known):
+                raise
+            remedy = "Try a lower --batch-size or --base-channels"
+            raise OSError(f"there is too little memory ({text}). {remedy}") from None
+        except KeyboardInterrupt:
+            again = command_line("--resume", f"--output-dir={folder}", f"--device={args.device}")
+            if rank == 0:
+                how = f"; go on with: {again}" if signals.resumable or args.resume else ""
+                say(f"interrupted{how}", sys.stderr)
             raise
-        problem = one_line(error).partition(". ")[0]
-        raise OSError(f"{problem}. Try a lower --batch-size or --base-channels") from None
-    except KeyboardInterrupt:
-        again = command_line("--resume", f"--output-dir={folder}", f"--device={args.device}")
-        resumable = not args.sample_only and (folder / "checkpoint.pt").exists()
-        if rank == 0:
-            say(f"interrupted{'; go on with: ' + again if resumable else ''}", sys.stderr)
-        raise
-    finally:
-        if num_processes > 1 and not args.sample_only:
-            dist.destroy_process_group()
+        finally:  # but after an error the others may still wait, and closing would wait for them
+            if together and not isinstance(sys.exception(), Exception):
+                dist.destroy_process_group()
 
 
 # --- The optimizer. (It is no part of diffusion: Algorithm 1 says "take gradient descent step on".)
@@ -1124,10 +1144,10 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Momentum whose every step is orthogonalized (Jordan et al. 2024), for convolutions.
 
-    A weight [out, in, k, k] is taken as the matrix [out, in * k * k]. Its step goes equally far in
-    all directions of the matrix, and not mostly along the few that dominate the gradient. It is
-    about as large as Adam's, 0.2 by root mean square, so that one learning rate fits both (Liu et
-    al. 2025, arXiv:2502.16982, eq. 4). torch.optim.Muon takes matrices alone and calculates in
+    A weight [out, in, k, k] is taken as the matrix [out, in * k * k]. Its step goes about equally
+    far in all directions of the matrix, and not mostly along the few that dominate the gradient. It
+    is about as large as Adam's, 0.2 by root mean square, so that one learning rate serves both (Liu
+    et al. 2025, arXiv:2502.16982, eq. 4). torch.optim.Muon takes matrices alone and calculates in
     bfloat16, which most CPUs have to emulate.
     """
 

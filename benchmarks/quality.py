@@ -11,7 +11,9 @@ Inception features say little about digits, and a Frechet distance depends on th
 So every line states N and the floor: the same distance for N real training images, which is what a
 perfect generator would reach. Where labels are known, the real images have the same class shares as
 the labels, since these shares are given and not achieved. For labels in the data's proportions that
-floor is lower than the one of images drawn at random, whose shares differ by chance.
+floor is lower than the one of images drawn at random, whose shares differ by chance. The classifier
+has seen the training images; so they lie a little farther from the test images than new ones would.
+Coverage and density are those of the first N test images.
 
 The classifier is trained once, by a fixed seed, and cached in benchmarks/cache/.
 """

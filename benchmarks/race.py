@@ -10,16 +10,19 @@ counts: the clock stands still while weights are kept, and judging comes after t
 judges them all.
 
 In favor of the others: each gets an average of its weights that forgets its random start, the label
-to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024).
+to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024). In
+our favor: guidance of 0.1, which the first two others' own scripts do not have.
 Prints one line of JSON for each contender and time.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import json
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from quality import NUM_CLASSES, Judge, mnist, proportional_labels
-from speed import diffusers_net
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import make_grid
@@ -78,9 +80,18 @@ def ours(optimizer: str = "muon") -> Contender:
 
 def diffusers() -> Contender:
     """Unit 2 of the Hugging Face diffusion course, with diffusers' own embedding of the label."""
-    from diffusers import DDIMScheduler, DDPMScheduler
+    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
 
-    model = diffusers_net(NUM_CLASSES)
+    model = UNet2DModel(
+        sample_size=28,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=2,
+        block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        num_class_embeds=NUM_CLASSES,
+    )
     schedule = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
     noising = DDPMScheduler(**schedule)
 
@@ -148,13 +159,19 @@ CONTENDERS = {
 }
 
 
-def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, int]]:
-    """Train for the largest of minutes; the averaged network and the images seen at each."""
+def training(
+    contender: Contender, length: float = math.inf
+) -> Iterator[tuple[float, int, nn.Module]]:
+    """Train step by step. Yields the seconds and images so far, and the averaged network.
+
+    Seconds are those of training alone: the clock stands still between a yield and the next step.
+    A learning rate that falls is 0 after `length` seconds.
+    """
     images, labels = mnist()[0]
     model, ema = contender.model.train(), copy.deepcopy(contender.model).eval()
     rates = [optimizer.param_groups[0]["lr"] for optimizer in contender.optimizers]
-    kept, step, seconds, seen = [], 0, 0.0, 0
-    while len(kept) < len(minutes):
+    seconds = 0.0
+    for step in itertools.count():
         started = time.perf_counter()
         batch = torch.randint(len(images), (contender.batch_size,))
         loss = contender.loss(train_diffusion.to_model(images[batch]), labels[batch])
@@ -164,16 +181,22 @@ def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, in
         for optimizer, rate in zip(contender.optimizers, rates):
             if contender.lr_falls:
                 rise = min(1, (step + 1) / train_diffusion.WARMUP_STEPS)
-                fall = max(0, 1 - seconds / (60 * minutes[-1]))
-                optimizer.param_groups[0]["lr"] = rate * rise * fall
+                optimizer.param_groups[0]["lr"] = rate * rise * max(0, 1 - seconds / length)
             optimizer.step()
         decay = min(contender.ema_decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-        step, seen = step + 1, seen + contender.batch_size
         seconds += time.perf_counter() - started
+        yield seconds, (step + 1) * contender.batch_size, ema
+
+
+def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, int]]:
+    """Train for the largest of minutes; the averaged network and the images seen at each."""
+    kept = []
+    for seconds, seen, ema in training(contender, 60 * minutes[-1]):
         if seconds >= 60 * minutes[len(kept)]:
             kept.append((copy.deepcopy(ema), seen))
-    return kept
+        if len(kept) == len(minutes):
+            return kept
 
 
 @torch.no_grad()

@@ -230,6 +230,7 @@ def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
         ({"images": GRAY, "test_images": COLOR}, "other shapes"),
         ({"images": GRAY, "labels": LABELS, "test_images": GRAY}, "labels where"),
         ({"images": GRAY[:8]}, "--batch-size: only 7 images"),
+        ({"images": GRAY, "labels": np.arange(100) // 95}, "only held-out images have some label"),
     ],
 )
 def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path):

@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -71,11 +72,11 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(
         assert where == "training_loss", "it went on"
         return interrupted(*arguments, **options)
 
-    before = signal.getsignal(signum)
+    before = signal.signal(signum, signal.SIG_DFL)  # nohup ignores SIGHUP
     with monkeypatch.context() as patch:
         patch.setattr(program, where, interrupt)
         assert run_main(*resume) == (128 + signum, "")
-    assert signal.getsignal(signum) == before
+    assert signal.signal(signum, before) == signal.SIG_DFL
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--resume" in error and sys.executable in error, error
     assert checkpoint(tmp_path)["step"] == step
@@ -90,11 +91,28 @@ def test_a_second_signal_ends_at_once_and_nohup_stays_in_force():
         assert signals.received == [signal.SIGTERM]
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    with program.heard_signals() as signals:
+        signals.deferred = True
+        for _ in range(2):  # a terminal that is closed sends it twice
+            signal.raise_signal(signal.SIGHUP)
+        assert signals.received == [signal.SIGHUP] * 2
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     with program.heard_signals() as signals:
         signal.raise_signal(signal.SIGHUP)
         assert signals.received == []
     signal.signal(signal.SIGHUP, before)
+
+
+@posix
+def test_a_run_that_ends_before_it_saved_says_nothing_of_the_earlier_one(
+    resume, tmp_path, capsys, monkeypatch
+):
+    interrupted = mock.Mock(side_effect=lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(program, "load_images", interrupted)
+    for options, advised in ((["--output-dir", tmp_path], False), (resume, True)):
+        assert run_main(*options) == (128 + signal.SIGTERM, "")
+        assert ("--resume" in capsys.readouterr().err) == advised
 
 
 # --- killed, full disk, diverged ------------------------------------------------------------------
@@ -214,6 +232,29 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
 
 
+def test_no_two_processes_and_no_file_of_the_user_share_a_temporary_name(tmp_path, monkeypatch):
+    (tmp_path / "file.tmp").write_text("the user's own")
+    replace = mock.Mock(wraps=os.replace)
+    monkeypatch.setattr("os.replace", replace)
+    for pid in (1, 2):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: pid)
+        program.write_file(tmp_path / "file", lambda file: file.write(b"content"))
+    assert len({call.args[0] for call in replace.call_args_list}) == 2
+    assert (tmp_path / "file.tmp").read_text() == "the user's own"
+
+
+def test_advice_can_be_typed_for_a_folder_that_looks_like_an_option(
+    small_data, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--max-steps", 1, "--data-dir", small_data]
+    assert run_main(*options, "--output-dir=-x y") == (0, "")
+    advice = capsys.readouterr().out.splitlines()[-1].removeprefix("draw more: ")
+    options = shlex.split(advice)[2:]
+    assert run_main(*options, "--sample-steps", 1, "--output=-x y/a.png") == (0, "")
+    assert (tmp_path / "-x y" / "a.png").is_file()
+
+
 def test_a_file_that_is_held_for_a_moment_is_tried_again(tmp_path, monkeypatch):
     """As virus scanners do on Windows."""
     held = [PermissionError(13, "in use")] * 3
@@ -297,13 +338,16 @@ def test_printing_never_ends_a_run_and_spells_out_what_a_terminal_lacks(tmp_path
 @pytest.mark.parametrize("kind", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
 def test_too_little_memory_gets_one_line(resume, monkeypatch, kind):
     """As a GPU's allocator, Python and a CPU's allocator say it; other errors are no user's."""
-    problem = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 8 GiB,\nof which"
+    problem = "[enforce fail at alloc.cpp] err == 0. DefaultCPUAllocator:\ncan't allocate memory"
+    if kind is torch.cuda.OutOfMemoryError:
+        problem = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 8 GiB,\nof which"
     monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=kind(problem)))
     code, message = run_main(*resume)
-    assert code == 1 and message.startswith("CUDA out of memory. Try a lower --batch-size")
-    assert "\n" not in message
-    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=RuntimeError("a bug")))
-    with pytest.raises(RuntimeError, match="a bug"):
+    assert code == 1 and message.startswith("there is too little memory (") and "\n" not in message
+    assert message.endswith("Try a lower --batch-size or --base-channels")
+    bug = RuntimeError("unsupported memory format option")
+    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=bug))
+    with pytest.raises(RuntimeError, match="unsupported"):
         program.main([str(option) for option in resume])
 
 
@@ -363,7 +407,7 @@ def test_a_gpu_gets_its_number_and_is_left_aside_if_it_cannot_work(works, monkey
     conv2d = torch.nn.functional.conv2d
     broken = RuntimeError("CUDA error: no kernel image is available")
     if not works:  # an old GPU is found out by its first convolution; the CPU comes after it
-        conv2d = mock.Mock(side_effect=[broken, mock.DEFAULT, broken], wraps=conv2d)
+        conv2d = mock.Mock(side_effect=[broken, broken, mock.DEFAULT, broken], wraps=conv2d)
     monkeypatch.setattr("torch.nn.functional.conv2d", conv2d)
 
     ones = torch.ones
