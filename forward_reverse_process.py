@@ -31,9 +31,9 @@ variance of 1 stays 1, since alpha_t + beta_t = 1, and any other comes closer to
 
 Conventions. Timesteps count from 0 (the papers count from 1): x_t at t = 0 has been noised once, at
 t = T - 1 it is noise with next to nothing of the image, and t = -1 stands for the clean image, with
-alpha-bar_{-1} = 1. Sampling calls the pure noise that it starts from x_T, and takes it for x_t at
+alpha-bar_{-1} = 1. The pure noise that sampling starts from is called x_T, and taken for x_t at
 t = T - 1. The name x_0 always means the clean image, as in the papers, and x_0_pred a guess at it.
-Pixels lie in [-1, 1]. Every method takes the image first, then t, then the rest.
+Pixels lie in [-1, 1]. Every method of the scheduler takes the image first, then t.
 
 Papers, as cited below:
 
@@ -197,18 +197,18 @@ class NoiseScheduler(nn.Module):
         that fit x_t. The mean above stays exact, being linear in x_0 (if the network is perfect and
         not guided). The variance comes out too small, by c^2 Var(x_0 | x_t), where c is the factor
         of x_0 in the mean (the law of total variance). Without that a large step gives a blurred
-        image: the largest, from T - 1 to the clean image, has c = 1 and gives the mean of all
-        images.
+        image: the largest, from T - 1 to the clean image (`step` may jump so far), has c = 1 and
+        gives the mean of all images.
 
         How much is missing in a small step? No guess at x_0 has a smaller squared error than the
         mean. So Var(x_0 | x_t), which is the mean's squared error, is on average at most that of
         the guess x_t / sqrt(alpha-bar_t): (1 - alpha-bar_t) / alpha-bar_t. Times c^2, this is
-        beta_t^2 / (alpha_t (1 - alpha-bar_t)). It is little beside beta_t if step t added a small
-        share of the noise, beta_t << 1 - alpha-bar_t: hence many small steps. After each of them
-        fewer images fit, and their mean is sharper. (The share is large in the very first steps
-        from T - 1 and in the last ones to t = 0. But at first c, which has the factor
-        sqrt(alpha-bar_{t-1}), is near 0, and at last the images that fit differ by less than one
-        sees.)
+        beta_t^2 / (alpha_t (1 - alpha-bar_t)). It is little beside beta_t, which the variance above
+        then about is, if step t added a small share of the noise, beta_t << 1 - alpha-bar_t: hence
+        many small steps. After each of them fewer images fit, and their mean is sharper. (The share
+        is large in the very first steps from T - 1 and in the last ones to t = 0. But at first c,
+        which has the factor sqrt(alpha-bar_{t-1}), is near 0, and at last the images that fit
+        differ by less than one sees.)
 
         `step` is this Gaussian in another form, which jumps over timesteps too.
         """
@@ -237,10 +237,10 @@ class NoiseScheduler(nn.Module):
         alpha-bar_prev is alpha-bar at t_prev. With eta = 1 and t_prev = t - 1 this is DDPM's
         Algorithm 2, ancestral sampling: a draw from `posterior` with x_0_pred in it, sigma^2 being
         beta-tilde_t. (To see it, put sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps for x_t into
-        its mean.) That variance is right if only one image fits. beta_t, the larger one, is right
-        for x_0 ~ N(0, I); DDPM tries both and gets similar results (section 3.2). With eta = 0
-        there is no fresh noise, so the starting noise alone decides the image: what most people
-        mean by DDIM.
+        its mean.) It is the variance of q(x_{t-1} | x_t) if only one image fits. The other extreme
+        is beta_t, which is larger, for x_0 ~ N(0, I). DDPM tries both, with similar results
+        (section 3.2). With eta = 0 there is no fresh noise, so the starting noise alone decides the
+        image: what most people mean by DDIM.
 
         Were eps_theta the true noise, then for any eta the noise in x_{t_prev} would have the
         variance (1 - alpha-bar_prev - sigma^2) + sigma^2 = 1 - alpha-bar_prev, as in training:

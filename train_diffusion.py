@@ -110,12 +110,12 @@ def training_loss(
     This is DDPM's Algorithm 1 up to its gradient step.
 
     Why a squared error: the images should be probable to the network. Their negative log-likelihood
-    has an upper bound (the variational bound, DDPM eq. 5) that compares, at every t > 0, the true
-    step back, `NoiseScheduler.posterior`, with the network's. Both are Gaussians of the same
-    variance, and the distance (KL divergence) of such is the squared distance of their means, times
-    a factor (eq. 8). These means differ by a multiple of noise - noise_pred (eq. 12). Eq. 14 leaves
-    all the factors out. That is no longer the bound, but in DDPM counts small t less and draws
-    better (section 3.4).
+    has an upper bound (the variational bound, DDPM eq. 5) that compares, at every t > 0, the step
+    back that is true if x_0 is known, `NoiseScheduler.posterior`, with the network's. Both are
+    Gaussians of the same variance, and the distance (KL divergence) of such is the squared distance
+    of their means, times a factor (eq. 8). These means differ by a multiple of noise - noise_pred
+    (eq. 12). Eq. 14 leaves all the factors out. That is no longer the bound, but in DDPM counts
+    small t less and draws better (section 3.4).
 
     Why the noise and not the image: x_0_pred is wrong by the error of noise_pred times
     sqrt((1 - alpha-bar_t) / alpha-bar_t), so its square would count large t most, where there is
@@ -197,7 +197,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         if step >= last_step:
             asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {path} is at step {step}, and {asked}")
-    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # ema's own
+    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # the tensors that
+    train
 
     def save() -> None:
         """Write checkpoint.pt: all that a run needs to go on, in tensors and plain values."""
@@ -224,8 +225,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         clock = saved_at = time.monotonic()
         signals.deferred = True
         for batch in bar:
-            # Draw t, noise, and whose label to drop (`guided_noise` needs a network that also works
-            # without). The generator's own seed makes every step repeatable.
+            # Draw t, noise, and whose label to drop (`guided_noise` asks the network without one
+            # too). The generator's own seed makes every step repeatable.
             draw = {"generator": generator_for(f"step {step}", args.seed, device), "device": device}
             t = torch.randint(args.timesteps, (batch_size,), **draw)[share]
             noise = torch.randn(batch_size, *model.image_shape, **draw)[share]
@@ -472,7 +473,8 @@ def sample(
 
 MAX_LABEL = 9999  # every label up to the largest has a row in the network
 CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
-# What a resumed run takes from its checkpoint. KEPT settings may not change.
+# What a resumed run takes from its checkpoint. KEPT settings may not change (nor may the images: a
+# changed --dataset is another path to them).
 KEPT = "batch_size optimizer timesteps schedule base_channels label_dropout seed".split()
 CHANGEABLE = "dataset data_dir epochs lr sample_every num_samples sample_steps eta guidance".split()
 
