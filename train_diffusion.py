@@ -696,8 +696,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:  # mostly: the connection is closed
-            problem = "another process has ended, see what it said, or cannot be reached"
-            raise OSError(f"{problem} ({one_line(error)})") from None
+            cause = one_line(error).partition(". ")[0]
+            raise OSError(f"another process cannot be reached; see its words ({cause})") from None
     return tensor
 
 
