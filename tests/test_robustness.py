@@ -248,11 +248,11 @@ def test_advice_can_be_typed_for_a_folder_that_looks_like_an_option(
 ):
     monkeypatch.chdir(tmp_path)
     options = [*TINY, "--max-steps", 1, "--data-dir", small_data]
-    assert run_main(*options, "--output-dir=-x y") == (0, "")
+    assert run_main(*options, "--output-dir=-x") == (0, "")
     advice = capsys.readouterr().out.splitlines()[-1].removeprefix("draw more: ")
     options = shlex.split(advice)[2:]
-    assert run_main(*options, "--sample-steps", 1, "--output=-x y/a.png") == (0, "")
-    assert (tmp_path / "-x y" / "a.png").is_file()
+    assert run_main(*options, "--sample-steps", 1, "--output=-x/a.png") == (0, "")
+    assert (tmp_path / "-x" / "a.png").is_file()
 
 
 def test_a_file_that_is_held_for_a_moment_is_tried_again(tmp_path, monkeypatch):
