@@ -68,7 +68,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, SIGINT_HANDLER)
 
 HERE = Path(__file__).resolve().parent
-IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
 LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run; Muon: the file's last section
 WARMUP_STEPS = 200  # steps in which the learning rate rises
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
@@ -76,10 +75,6 @@ EMA_DECAY = 0.999  # of the weights' exponential moving average: about 1 / (1 - 
 CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait for a GPU
 SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
 NUM_HELD_OUT = 2000  # images at most for the held-out loss
-SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
-GUIDANCE = 0.1  # strength of classifier-free guidance
-NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
-CHUNK = 250  # images that are drawn or measured together
 
 # --- Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside ----------------------
 
@@ -158,8 +153,6 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     if labels is None or args.label_dropout == 1:
         num_classes = labels = test_labels = None
     else:
-        if not torch.isin(test_labels, labels).all():
-            raise ValueError(f"{args.dataset}: only held-out images have some label. Shuffle it")
         num_classes = int(labels.max()) + 1
         labels, test_labels = labels.to(device), test_labels[:NUM_HELD_OUT].to(device)
     images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
@@ -329,6 +322,11 @@ def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -
 
 # --- Sampling -------------------------------------------------------------------------------------
 
+SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
+GUIDANCE = 0.1  # strength of classifier-free guidance
+NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
+CHUNK = 250  # images that are drawn or measured together
+
 
 def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
     """Evenly spaced timesteps, decreasing from T - 1: 999, 959, ..., 39 for 25 steps of 1000."""
@@ -471,6 +469,7 @@ def sample(
 
 # --- Files. (Nothing from here on is needed to understand diffusion.) -----------------------------
 
+IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
 MAX_LABEL = 9999  # every label up to the largest has a row in the network
 CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
 # What a resumed run takes from its checkpoint. KEPT settings may not change (nor may the images: a
@@ -563,6 +562,8 @@ def read_npz(path: Path) -> list[tuple[Tensor, Tensor | None]]:
     (images, labels), (test_images, test_labels) = splits
     if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
         raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
+    if labels is not None and not torch.isin(test_labels, labels).all():
+        raise ValueError(f"{path}: only held-out images have some label. Shuffle the images")
     return splits
 
 

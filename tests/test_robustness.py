@@ -385,7 +385,7 @@ def test_the_home_folder_is_meant_by_a_tilde(small_data, tmp_path, monkeypatch):
     options = [*TINY, "--max-steps", 1, "--data-dir=~/data", "--output-dir=~/runs/x"]
     assert run_main(*options) == (0, "")
     drawing = ["--sample-only", "--sample-steps", 2, "--checkpoint=~/runs/x/weights.pt"]
-    assert run_main(*drawing, "--num-samples", 2, "--output=~/x.npz") == (0, "")
+    assert run_main(*drawing, "--labels", 1, 1, "--output=~/x.npz") == (0, "")
     assert program.load_model("~/runs/x/weights.pt")[0].num_classes == 10
     assert len(program.load_images("~/x.npz")) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
