@@ -190,8 +190,7 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         if step >= last_step:
             asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {path} is at step {step}, and {asked}")
-    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # the tensors that
-    train
+    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # live tensors
 
     def save() -> None:
         """Write checkpoint.pt: all that a run needs to go on, in tensors and plain values."""
