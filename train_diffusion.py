@@ -75,6 +75,7 @@ EMA_DECAY = 0.999  # of the weights' exponential moving average: about 1 / (1 - 
 CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait for a GPU
 SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
 NUM_HELD_OUT = 2000  # images at most for the held-out loss
+CHUNK = 250  # images that are drawn or measured together
 
 # --- Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside ----------------------
 
@@ -324,7 +325,6 @@ def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -
 SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
 GUIDANCE = 0.1  # strength of classifier-free guidance
 NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
-CHUNK = 250  # images that are drawn or measured together
 
 
 def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
