@@ -173,9 +173,13 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_lie(resume, small_data
     np.savez(tmp_path / "moved.npz", **arrays)
     assert run_main(*resume, "--dataset", tmp_path / "moved.npz") == (0, "")
     assert "(was MNIST)" in capfd.readouterr().out
-    arrays["x_train"][5, 5, 5] += 1
-    np.savez(tmp_path / "other.npz", **arrays)
-    for other in (["--dataset", tmp_path / "other.npz"], ["--data-dir", ROOT / "data"]):
+    others = [["--data-dir", ROOT / "data"]]
+    for name, place in (("x_train", (5, 5, 5)), ("y_train", 5)):
+        changed = arrays[name].copy()
+        changed[place] = (changed[place] + 1) % 10
+        np.savez(tmp_path / f"{name}.npz", **{**arrays, name: changed})
+        others.append(["--dataset", tmp_path / f"{name}.npz"])
+    for other in others:
         code, message = run_main(*resume, *other)
         assert code == 2 and "not what" in message and "\n" not in message
 

@@ -3,6 +3,8 @@
 And wherever a reader has a computer: its notebooks, terminals, environments and devices.
 """
 
+import contextlib
+import datetime
 import io
 import multiprocessing
 import os
@@ -54,6 +56,7 @@ def resume(stopped, tmp_path):
         ("SIGINT", "training_loss", 7),
         ("SIGTERM", "training_loss", 7),
         ("SIGHUP", "training_loss", 7),
+        ("SIGTERM", "save_checkpoint", 8),
         ("SIGTERM", "held_out_loss", 8),
         ("SIGTERM", "sample", 8),
         ("SIGTERM", "draw_denoising", 8),
@@ -62,14 +65,15 @@ def resume(stopped, tmp_path):
 def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(
     name, where, step, resume, stopped, tmp_path, capsys, monkeypatch
 ):
-    """A step is finished first. Whatever else is going on ends at once, and is done again when the
-    run is resumed. Handlers are put back.
+    """A step and its save are finished first. Whatever else is going on ends at once, and is done
+    again when the run is resumed. Handlers are put back.
     """
     signum, interrupted = getattr(signal, name), getattr(program, where)
 
     def interrupt(*arguments, **options):
+        patch.setattr(program, where, interrupted)
         signal.raise_signal(signum)
-        assert where == "training_loss", "it went on"
+        assert where in ("training_loss", "save_checkpoint"), "it went on"
         return interrupted(*arguments, **options)
 
     before = signal.signal(signum, signal.SIG_DFL)  # nohup ignores SIGHUP
@@ -80,6 +84,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--resume" in error and sys.executable in error, error
     assert checkpoint(tmp_path)["step"] == step
+    assert (tmp_path / "weights.pt").exists() == (where == "draw_denoising")
     assert run_main(*resume) == (0, "") and same_run(tmp_path, stopped[1])
 
 
@@ -102,6 +107,18 @@ def test_a_second_signal_ends_at_once_and_nohup_stays_in_force():
         signal.raise_signal(signal.SIGHUP)
         assert signals.received == []
     signal.signal(signal.SIGHUP, before)
+
+
+@posix
+def test_windows_has_a_ctrl_break_in_place_of_a_hangup(monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGURG, raising=False)
+    monkeypatch.delattr(signal, "SIGHUP")
+    with program.heard_signals() as signals:
+        signals.deferred = True
+        signal.raise_signal(signal.SIGURG)
+        assert signals.received == [signal.SIGURG]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGURG)
 
 
 @posix
@@ -398,33 +415,31 @@ def test_the_home_folder_is_meant_by_a_tilde(small_data, tmp_path, monkeypatch):
 def test_a_gpu_gets_its_number_and_is_left_aside_if_it_cannot_work(works, monkeypatch, capsys):
     """As if there were one NVIDIA GPU. One that is asked for by name is never left aside."""
 
-    def set_device(device):
-        if torch.device(device).index is None:
-            raise ValueError("Expected a torch.device with a specified index")
-        if torch.device(device).index > 0:
-            raise RuntimeError("CUDA error: invalid device ordinal")
-
+    set_device = mock.Mock()  # of a GPU that was tried; torch wants its number
     conv2d = torch.nn.functional.conv2d
     broken = RuntimeError("CUDA error: no kernel image is available")
     if not works:  # an old GPU is found out by its first convolution; the CPU comes after it
-        conv2d = mock.Mock(side_effect=[broken, broken, mock.DEFAULT, broken], wraps=conv2d)
+        conv2d = mock.Mock(side_effect=[broken, mock.DEFAULT, broken], wraps=conv2d)
     monkeypatch.setattr("torch.nn.functional.conv2d", conv2d)
 
     ones = torch.ones
     monkeypatch.setattr("torch.ones", lambda *sizes, device: ones(*sizes))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_device", set_device)
-    with pytest.raises(ValueError, match="--device: cuda:1 cannot be used .*--device cpu"):
-        program.choose_device("cuda:1")
     if works:
         for name in ("auto", "cuda", "cuda:0"):
             assert program.choose_device(name) == torch.device("cuda", 0)
+            set_device.assert_called_with(torch.device("cuda", 0))
         assert capsys.readouterr() == ("", "")
+        set_device.side_effect = RuntimeError("CUDA error: invalid device ordinal")
+        with pytest.raises(ValueError, match="--device: cuda:1 cannot be used .*--device cpu"):
+            program.choose_device("cuda:1")
     else:
         assert program.choose_device("auto").type in ("cpu", "mps")
         assert "cuda cannot be used (CUDA error" in capsys.readouterr().err
         with pytest.raises(ValueError, match="no kernel image"):
             program.choose_device("cuda")
+        set_device.assert_not_called()
 
 
 @pytest.mark.parametrize("name", ["cuda", "mps"])
@@ -455,6 +470,41 @@ def test_torchrun_is_believed_once_all_of_its_variables_are_there(monkeypatch, c
         program.parse_options(["--batch-size", "15"])
     program.say("the first process alone speaks")
     assert capsys.readouterr().out == ""
+
+
+def test_every_process_has_a_gpu_of_its_own_or_the_run_ends(monkeypatch):
+    ones = torch.ones
+    monkeypatch.setattr("torch.ones", lambda *sizes, device: ones(*sizes))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", mock.Mock())
+    monkeypatch.setattr(program, "torchrun_variables", lambda: (5, 1, 8))  # 1 on its machine
+    for name in ("auto", "cuda"):
+        assert program.choose_device(name) == torch.device("cuda", 1)
+    for name in ("cuda:0", "mps"):
+        with pytest.raises(ValueError, match=f"--device: {name} cannot be used .it serves one"):
+            program.choose_device(name)
+    broken = RuntimeError("CUDA error: out of memory")
+    monkeypatch.setattr("torch.nn.functional.conv2d", mock.Mock(side_effect=broken))
+    with pytest.raises(ValueError, match="--device: cuda cannot be used .CUDA error"):
+        program.choose_device("auto")  # and does not train on a CPU beside seven GPUs
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, OSError, MemoryError])
+def test_processes_close_together_unless_one_fails(end, tmp_path, monkeypatch):
+    """After an error the others may be waiting in another place, and closing would wait for them.
+
+    As if this were one of two. They wait for the first one's pictures, which may take hours.
+    """
+    dist = mock.Mock()
+    monkeypatch.setattr(program, "dist", dist)
+    monkeypatch.setattr(program, "torchrun_variables", lambda: (1, 1, 2))
+    monkeypatch.setattr(program, "train", mock.Mock(side_effect=end))
+    with contextlib.suppress(KeyboardInterrupt, OSError):
+        program.main([f"--output-dir={tmp_path}", "--device=cpu"])
+    dist.init_process_group.assert_called_once()
+    backend, options = dist.init_process_group.call_args
+    assert backend == ("gloo",) and options["timeout"] >= datetime.timedelta(hours=12)
+    assert dist.destroy_process_group.called == (end in (None, KeyboardInterrupt))
 
 
 def test_two_processes_learn_what_one_does_and_one_resumes_them(small_data, tmp_path):
