@@ -180,7 +180,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
     if args.resume:
         saved = args.saved
         if (saved.get("unet"), saved.get("check_sums")) != (shape, check_sums):
-            raise ValueError(f"--resume: {args.dataset} is not what {path} was trained on")
+            problem = f"the images of {args.dataset} are not what {path} was trained on"
+            raise ValueError(f"--resume: {problem}. Give their --dataset or --data-dir")
         with explained(path, "does not fit this program", "Name another --output-dir"):
             model.load_state_dict(saved["model"])
             ema.load_state_dict(saved["ema"])
@@ -445,21 +446,23 @@ def sample(
     else:
         if classes is None:
             raise ValueError("labels (--labels): this model was trained without labels")
-        labels = torch.as_tensor(labels, device=device).reshape(-1)
-        good = len(labels) and not labels.is_floating_point()
-        if not good or not ((labels >= 0) & (labels < classes)).all():
+        labels = labels.numpy(force=True) if isinstance(labels, Tensor) else np.array(labels)
+        labels = labels.reshape(-1)
+        good = len(labels) and labels.dtype.kind in "iu"  # whole numbers, with a sign or without
+        if not good or not np.isin(labels, np.arange(classes)).all():
             raise ValueError(f"labels (--labels) must be whole numbers from 0 to {classes - 1}")
         if num_samples not in (None, len(labels)):
             raise ValueError(
                 f"num_samples (--num-samples) is {num_samples} for {len(labels)} labels"
             )
         num_samples = len(labels)
+        labels = torch.from_numpy(labels.astype(np.int64)).to(device)
     generator = generator_for("sampling", seed, device)
     images = []
     for i in progress_bar(range(0, num_samples, CHUNK), "sampling"):
         size = min(CHUNK, num_samples - i)
         x_T = torch.randn(size, *model.image_shape, generator=generator, device=device)
-        y = None if labels is None else labels[i : i + size].long()
+        y = None if labels is None else labels[i : i + size]
         for _, x_t, _ in denoise(model, scheduler, x_T, y, num_steps, eta, guidance, generator):
             pass  # to the last, which is x_0
         images.append(to_uint8(x_t))
@@ -506,7 +509,7 @@ def load_images(dataset: str = "MNIST", data_dir: str | Path = HERE / "data") ->
         if not path.exists() and not unpacked.exists():
             download(published.mirrors, path, md5)
         arrays.append(read_idx(path if path.exists() else unpacked))
-    return [to_tensors(folder, *arrays[:2]), to_tensors(folder, *arrays[2:])]
+    return matching(folder, [to_tensors(folder, *arrays[:2]), to_tensors(folder, *arrays[2:])])
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -537,7 +540,7 @@ def download(mirrors: list[str], path: Path, md5: str) -> None:
                 causes.append(f"{address}: {one_line(error)}")
     raise OSError(
         f"{path} is missing, and no address gave it ({'; '.join(causes)}). Put the published file "
-        "there, or run again with a network"
+        "there, run again with a network, or name another --data-dir"
     )
 
 
@@ -558,7 +561,14 @@ def read_npz(path: Path) -> list[tuple[Tensor, Tensor | None]]:
         cut = len(splits[0][0]) * 19 // 20
         parts = (slice(None, cut), slice(cut, None))
         splits = [tuple(x if x is None else x[part] for x in splits[0]) for part in parts]
+    return matching(path, splits)
+
+
+def matching(path: Path, splits: list[tuple]) -> list[tuple]:
+    """Both splits, if images to train on and held-out ones are of a kind."""
     (images, labels), (test_images, test_labels) = splits
+    if not len(images):
+        raise ValueError(f"{path}: there must be at least two images, one of them to hold out")
     if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
         raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
     if labels is not None and not torch.isin(test_labels, labels).all():
@@ -640,9 +650,10 @@ def save_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """Read what `save_checkpoint` wrote. A file from a stranger cannot run code."""
+    remedy = "Train first, or name another by --checkpoint or, to resume, --output-dir"
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}. Train first, or name another one")
-    with explained(path, "is damaged or no checkpoint", "Name another one"):
+        raise FileNotFoundError(f"no checkpoint at {path}. {remedy}")
+    with explained(path, "is damaged or no checkpoint", remedy):
         with zipfile.ZipFile(path) as file:  # as which a checkpoint is written, with check sums
             if file.testzip():
                 raise ValueError("a check sum is wrong")
@@ -792,8 +803,9 @@ def say(message: str, stream: TextIO | None = None) -> None:
         message = message.encode(encoding, "backslashreplace").decode(encoding)
         print(message, file=stream, flush=True)
     except Exception:  # of many kinds: a notebook or a logger may have put anything in its place
-        with contextlib.suppress(Exception):  # else what is left in the stream fails again at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        # Else what is left in the stream would fail again at exit.
+        with contextlib.suppress(Exception), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def one_line(error: Exception) -> str:
@@ -1106,8 +1118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             remedy = "Try a lower --batch-size or --base-channels"
             raise OSError(f"there is too little memory ({text}). {remedy}") from None
         except KeyboardInterrupt:
-            again = command_line("--resume", f"--output-dir={folder}", f"--device={args.device}")
+            options = [f"--output-dir={folder}", f"--device={args.device}"]
+            options += [f"--max-steps={args.max_steps}"] if args.max_steps else []
             if rank == 0:
+                again = command_line("--resume", *options)
                 how = f"; go on with: {again}" if signals.resumable or args.resume else ""
                 say(f"interrupted{how}", sys.stderr)
             raise

@@ -2,6 +2,7 @@
 
 import gzip
 import re
+import shutil
 import ssl
 import threading
 import time
@@ -114,6 +115,15 @@ def test_files_that_do_not_fit_together_and_one_that_may_not_be_read(raw, tmp_pa
     (raw / FILES[1]).write_bytes(gzip.compress(idx(torch.zeros(69))))
     with pytest.raises(ValueError, match="one for each image"):
         program.load_images("MNIST", tmp_path)
+    for name, content, words in (
+        (FILES[3], torch.full((20,), 22), "only held-out images have some label"),
+        (FILES[2], torch.zeros(20, 32, 32), "one split has other shapes"),
+    ):
+        shutil.rmtree(raw)
+        make_set(raw)
+        (raw / name).write_bytes(gzip.compress(idx(content)))
+        with pytest.raises(ValueError, match=words):
+            program.load_images("MNIST", tmp_path)
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("gzip.open", denied)
     with pytest.raises(OSError, match=f"{FILES[0]} is not yours to use"):
@@ -125,7 +135,7 @@ def test_a_missing_file_names_every_address_and_its_cause(no_network, raw, tmp_p
     with pytest.raises(OSError, match="is missing") as error:
         program.load_images("MNIST", tmp_path)
     message, mirrors = str(error.value), program.datasets.MNIST.mirrors
-    assert str(raw / FILES[2]) in message and "Put" in message
+    assert str(raw / FILES[2]) in message and "Put" in message and "--data-dir" in message
     assert all(mirror + FILES[2] in message for mirror in mirrors)
     assert message.count("certificate has expired") == len(mirrors)
     assert {path.name for path in raw.iterdir()} == {*FILES} - {FILES[2]}
@@ -230,6 +240,7 @@ def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
         ({"images": GRAY, "test_images": COLOR}, "other shapes"),
         ({"images": GRAY, "labels": LABELS, "test_images": GRAY}, "labels where"),
         ({"images": GRAY[:8]}, "--batch-size: only 7 images"),
+        ({"images": GRAY[:1]}, "at least two images"),
         ({"images": GRAY, "labels": np.arange(100) // 95}, "only held-out images have some label"),
     ],
 )

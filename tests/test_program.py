@@ -182,6 +182,7 @@ def test_a_run_goes_on_with_the_same_images_wherever_they_lie(resume, small_data
     for other in others:
         code, message = run_main(*resume, *other)
         assert code == 2 and "not what" in message and "\n" not in message
+        assert "--dataset or --data-dir" in message
 
 
 def test_what_may_change_on_resume_is_said(resume, tmp_path, capfd, monkeypatch):

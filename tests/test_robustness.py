@@ -83,6 +83,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(
     assert signal.signal(signum, before) == signal.SIG_DFL
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--resume" in error and sys.executable in error, error
+    assert f"--max-steps={STEPS_PER_EPOCH}" in error  # what is pasted does what was asked
     assert checkpoint(tmp_path)["step"] == step
     assert (tmp_path / "weights.pt").exists() == (where == "draw_denoising")
     assert run_main(*resume) == (0, "") and same_run(tmp_path, stopped[1])

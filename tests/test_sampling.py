@@ -158,7 +158,12 @@ def test_classes_are_drawn_in_turn_in_full_rows_if_no_number_is_asked_for(classe
     assert classes or network.batches == [None] * 6
 
 
-@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, torch.ByteTensor])
+def backwards(labels: list[int]) -> np.ndarray:
+    """A view with a negative stride, which PyTorch does not take."""
+    return np.array(labels[::-1], np.uint16)[::-1]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, backwards, torch.tensor, torch.ByteTensor])
 @pytest.mark.parametrize("guidance", [0, 2])
 def test_labels_are_drawn_in_their_order_and_guided_in_chunks(monkeypatch, guidance, kind):
     monkeypatch.setattr(train_diffusion, "CHUNK", 4)
@@ -173,6 +178,7 @@ def test_labels_are_drawn_in_their_order_and_guided_in_chunks(monkeypatch, guida
 @pytest.mark.parametrize(
     "classes, num_samples, labels, message",
     [(10, None, bad, "labels.* 0 to 9") for bad in ([0, 10], [-1], [0.5], [1.0], [math.nan], [])]
+    + [(10, None, bad, "labels.* 0 to 9") for bad in ("12", ["1"], [None], [True], {1}, [2**70])]
     + [(None, None, [0], "labels.*without labels")]
     + [(10, count, [0, 1, 2], f"num_samples.* {count} .*3 labels") for count in (1, 4)]
     + [(classes, 0, None, "num_samples.* 1 or more") for classes in (None, 10)],
