@@ -1059,7 +1059,7 @@ def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--labels, --checkpoint and --output need --sample-only")
     args.output = args.output or args.output_dir / "samples.png"
     directory = args.sample_only and args.output.is_dir()
-    if args.output.suffix not in (".png", ".npy", ".npz") or directory:
+    if args.output.suffix.lower() not in (".png", ".npy", ".npz") or directory:
         parser.error(f"argument --output: must be a .png, .npy or .npz file, not {args.output}")
     return args
 
@@ -1082,7 +1082,7 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
         ".npy": lambda file: np.save(file, arrays["images"]),
         ".npz": lambda file: np.savez_compressed(file, **arrays),
     }
-    write_file(args.output, writers[args.output.suffix])
+    write_file(args.output, writers[args.output.suffix.lower()])
     say(f"drew {len(images)} images with {path} in {seconds:.1f} s: {args.output}")
 
 
@@ -1105,6 +1105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     with heard_signals() as signals:
+        signals.resumable = args.resume
         try:
             if not args.sample_only:
                 train(args, device, signals)
@@ -1118,11 +1119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             remedy = "Try a lower --batch-size or --base-channels"
             raise OSError(f"there is too little memory ({text}). {remedy}") from None
         except KeyboardInterrupt:
-            options = [f"--output-dir={folder}", f"--device={args.device}"]
+            options = ["--resume", f"--output-dir={folder}", f"--device={args.device}"]
             options += [f"--max-steps={args.max_steps}"] if args.max_steps else []
+            how = f"; go on with: {command_line(*options)}" if signals.resumable else ""
             if rank == 0:
-                again = command_line("--resume", *options)
-                how = f"; go on with: {again}" if signals.resumable or args.resume else ""
                 say(f"interrupted{how}", sys.stderr)
             raise
         finally:  # but after an error the others may still wait, and closing would wait for them

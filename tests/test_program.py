@@ -223,13 +223,13 @@ def test_weights_alone_draw_the_same_and_those_of_another_network_do_not(finishe
 def test_labels_are_drawn_as_asked_and_written_with_the_images(finished, tmp_path):
     model, scheduler = program.load_model(finished[0] / "weights.pt")
     expected = program.sample(model, scheduler, labels=[3, 1, 4, 1, 5], num_steps=2)[:, 0].numpy()
-    for name in ("pi.npz", "pi.npy"):
+    for name in ("pi.npz", "pi.NPY"):
         options = ["--output-dir", finished[0], "--output", tmp_path / name]
         assert run_main(*DRAW, *options, "--labels", 3, 1, 4, 1, 5) == (0, "")
     with np.load(tmp_path / "pi.npz") as file:
         assert file["labels"].tolist() == [3, 1, 4, 1, 5]
         assert np.array_equal(file["images"], expected)
-    assert np.array_equal(np.load(tmp_path / "pi.npy"), expected)
+    assert np.array_equal(np.load(tmp_path / "pi.NPY"), expected)
 
 
 def test_the_repository_holds_a_labeled_network_of_the_default_settings():
