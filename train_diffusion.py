@@ -559,6 +559,8 @@ def read_npz(path: Path) -> list[tuple[Tensor, Tensor | None]]:
     splits = [to_tensors(path, *pair) for pair in arrays]
     if len(splits) == 1:
         cut = len(splits[0][0]) * 19 // 20
+        if not cut:
+            raise ValueError(f"{path}: there must be at least two images, one of them to hold out")
         parts = (slice(None, cut), slice(cut, None))
         splits = [tuple(x if x is None else x[part] for x in splits[0]) for part in parts]
     return matching(path, splits)
@@ -567,8 +569,6 @@ def read_npz(path: Path) -> list[tuple[Tensor, Tensor | None]]:
 def matching(path: Path, splits: list[tuple]) -> list[tuple]:
     """Both splits, if images to train on and held-out ones are of a kind."""
     (images, labels), (test_images, test_labels) = splits
-    if not len(images):
-        raise ValueError(f"{path}: there must be at least two images, one of them to hold out")
     if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
         raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
     if labels is not None and not torch.isin(test_labels, labels).all():
@@ -763,7 +763,7 @@ def heard_signals() -> Iterator[SimpleNamespace]:
     save. A second one, or one at another time, raises KeyboardInterrupt. Several processes go on
     deferring, since they have to leave together and torchrun repeats the signal.
     """
-    signals = SimpleNamespace(received=[], deferred=False, resumable=False)
+    signals = SimpleNamespace(received=[], deferred=False)
     # Windows has no hangup, but a Ctrl-Break.
     hangup, ctrl_break = (getattr(signal, name, None) for name in ("SIGHUP", "SIGBREAK"))
 
@@ -1105,7 +1105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
     with heard_signals() as signals:
-        signals.resumable = args.resume
+        signals.resumable = args.resume  # a new run is, once it has saved
         try:
             if not args.sample_only:
                 train(args, device, signals)

@@ -89,14 +89,18 @@ def test_a_signal_saves_and_the_resumed_run_is_the_one_that_never_stopped(
     assert run_main(*resume) == (0, "") and same_run(tmp_path, stopped[1])
 
 
-@posix
-def test_a_second_signal_ends_at_once_and_nohup_stays_in_force():
+def defer_the_first_alone(first, second) -> None:
     with program.heard_signals() as signals:
         signals.deferred = True
-        signal.raise_signal(signal.SIGTERM)
-        assert signals.received == [signal.SIGTERM]
+        signal.raise_signal(first)
+        assert signals.received == [first]
         with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(second)
+
+
+@posix
+def test_a_second_signal_ends_at_once_and_nohup_stays_in_force():
+    defer_the_first_alone(signal.SIGTERM, signal.SIGINT)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with program.heard_signals() as signals:
         signals.deferred = True
@@ -114,12 +118,7 @@ def test_a_second_signal_ends_at_once_and_nohup_stays_in_force():
 def test_windows_has_a_ctrl_break_in_place_of_a_hangup(monkeypatch):
     monkeypatch.setattr(signal, "SIGBREAK", signal.SIGURG, raising=False)
     monkeypatch.delattr(signal, "SIGHUP")
-    with program.heard_signals() as signals:
-        signals.deferred = True
-        signal.raise_signal(signal.SIGURG)
-        assert signals.received == [signal.SIGURG]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGURG)
+    defer_the_first_alone(signal.SIGBREAK, signal.SIGBREAK)
 
 
 @posix
@@ -412,21 +411,26 @@ def test_the_home_folder_is_meant_by_a_tilde(small_data, tmp_path, monkeypatch):
 # --- devices --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_a_gpu_gets_its_number_and_is_left_aside_if_it_cannot_work(works, monkeypatch, capsys):
-    """As if there were one NVIDIA GPU. One that is asked for by name is never left aside."""
+@pytest.fixture
+def set_device(monkeypatch):
+    """As if there were NVIDIA GPUs: the call, with its number, for one that was tried."""
+    ones, call = torch.ones, mock.Mock()
+    monkeypatch.setattr("torch.ones", lambda *sizes, device: ones(*sizes))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", call)
+    return call
 
-    set_device = mock.Mock()  # of a GPU that was tried; torch wants its number
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_gpu_gets_its_number_and_is_left_aside_if_it_cannot_work(
+    works, set_device, monkeypatch, capsys
+):
+    """One that is asked for by name is never left aside."""
     conv2d = torch.nn.functional.conv2d
     broken = RuntimeError("CUDA error: no kernel image is available")
     if not works:  # an old GPU is found out by its first convolution; the CPU comes after it
         conv2d = mock.Mock(side_effect=[broken, mock.DEFAULT, broken], wraps=conv2d)
     monkeypatch.setattr("torch.nn.functional.conv2d", conv2d)
-
-    ones = torch.ones
-    monkeypatch.setattr("torch.ones", lambda *sizes, device: ones(*sizes))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.set_device", set_device)
     if works:
         for name in ("auto", "cuda", "cuda:0"):
             assert program.choose_device(name) == torch.device("cuda", 0)
@@ -473,14 +477,11 @@ def test_torchrun_is_believed_once_all_of_its_variables_are_there(monkeypatch, c
     assert capsys.readouterr().out == ""
 
 
-def test_every_process_has_a_gpu_of_its_own_or_the_run_ends(monkeypatch):
-    ones = torch.ones
-    monkeypatch.setattr("torch.ones", lambda *sizes, device: ones(*sizes))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.set_device", mock.Mock())
+def test_every_process_has_a_gpu_of_its_own_or_the_run_ends(set_device, monkeypatch):
     monkeypatch.setattr(program, "torchrun_variables", lambda: (5, 1, 8))  # 1 on its machine
     for name in ("auto", "cuda"):
         assert program.choose_device(name) == torch.device("cuda", 1)
+        set_device.assert_called_with(torch.device("cuda", 1))
     for name in ("cuda:0", "mps"):
         with pytest.raises(ValueError, match=f"--device: {name} cannot be used .it serves one"):
             program.choose_device(name)

@@ -163,7 +163,7 @@ def backwards(labels: list[int]) -> np.ndarray:
     return np.array(labels[::-1], np.uint16)[::-1]
 
 
-@pytest.mark.parametrize("kind", [list, tuple, backwards, torch.tensor, torch.ByteTensor])
+@pytest.mark.parametrize("kind", [list, tuple, np.array, backwards, torch.tensor, torch.ByteTensor])
 @pytest.mark.parametrize("guidance", [0, 2])
 def test_labels_are_drawn_in_their_order_and_guided_in_chunks(monkeypatch, guidance, kind):
     monkeypatch.setattr(train_diffusion, "CHUNK", 4)
