@@ -154,6 +154,6 @@ def test_every_block_has_its_test_and_twelve_lines_at_most():
 
 
 def test_every_picture_and_file_that_the_readme_names_is_there():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+    for target in re.findall(r"(?:\]\(|^\[\w+\]: )(?!http)([^)#\s]+)", README, re.MULTILINE):
         assert (ROOT / target).is_file(), target
     assert sum(path.stat().st_size for path in (ROOT / "docs").iterdir()) < 3_000_000
