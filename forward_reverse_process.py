@@ -203,12 +203,12 @@ class NoiseScheduler(nn.Module):
         How much is missing in a small step? No guess at x_0 has a smaller squared error than the
         mean. So Var(x_0 | x_t), which is the mean's squared error, is on average at most that of
         the guess x_t / sqrt(alpha-bar_t): (1 - alpha-bar_t) / alpha-bar_t. Times c^2, this is
-        beta_t^2 / (alpha_t (1 - alpha-bar_t)). It is little beside beta_t, which the variance above
-        then about is, if step t added a small share of the noise, beta_t << 1 - alpha-bar_t: hence
-        many small steps. After each of them fewer images fit, and their mean is sharper. (The share
-        is large in the very first steps from T - 1 and in the last ones to t = 0. But at first c,
-        which has the factor sqrt(alpha-bar_{t-1}), is near 0, and at last the images that fit
-        differ by less than one sees.)
+        beta_t^2 / (alpha_t (1 - alpha-bar_t)). If step t added a small share of the noise,
+        beta_t << 1 - alpha-bar_t, then the variance above is about beta_t, and what is missing is
+        little beside it: hence many small steps. After each of them fewer images fit, and their
+        mean is sharper. (The share is large in the very first steps from T - 1 and in the last ones
+        to t = 0. But at first c, which has the factor sqrt(alpha-bar_{t-1}), is near 0, and at last
+        the images that fit differ by less than one sees.)
 
         `step` is this Gaussian in another form, which jumps over timesteps too.
         """
@@ -237,10 +237,10 @@ class NoiseScheduler(nn.Module):
         alpha-bar_prev is alpha-bar at t_prev. With eta = 1 and t_prev = t - 1 this is DDPM's
         Algorithm 2, ancestral sampling: a draw from `posterior` with x_0_pred in it, sigma^2 being
         beta-tilde_t. (To see it, put sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps for x_t into
-        its mean.) It is the variance of q(x_{t-1} | x_t) if only one image fits. The other extreme
-        is beta_t, which is larger, for x_0 ~ N(0, I). DDPM tries both, with similar results
-        (section 3.2). With eta = 0 there is no fresh noise, so the starting noise alone decides the
-        image: what most people mean by DDIM.
+        its mean.) beta-tilde_t is the variance of q(x_{t-1} | x_t) if only one image fits. The
+        other extreme is beta_t, which is larger: the variance if x_0 ~ N(0, I). DDPM tries both,
+        with similar results (section 3.2). With eta = 0 there is no fresh noise, so the starting
+        noise alone decides the image: what most people mean by DDIM.
 
         Were eps_theta the true noise, then for any eta the noise in x_{t_prev} would have the
         variance (1 - alpha-bar_prev - sigma^2) + sigma^2 = 1 - alpha-bar_prev, as in training:
@@ -413,9 +413,10 @@ class UNet(nn.Module):
     eps_theta straight from the layers would have its error divided by sqrt(alpha-bar_t) = 5e-5, and
     x_0_pred would be noise, cut to [-1, 1]; with v it is roughly the average image (README, "The
     way from noise to a digit"). It is the same prediction in other coordinates: v =
-    sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0. The loss stays that of the noise, DDPM's; it
-    gives an error of v the weight alpha-bar_t. So at t = 999 it hardly counts v; but v is about
-    -x_0 at all large t, and the layers learn that from slightly smaller t.
+    sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0. The loss stays that of the noise, DDPM's, in
+    which the squared error of v has the weight alpha-bar_t, nearly 0 at t = 999. The layers get v
+    roughly right there all the same: it is about -x_0 at all large t, which they learn from
+    slightly smaller t.
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. For x_0 ~ N(0, I) that
     is the right answer, E[eps | x_t], since eps and x_t have variance 1 each and covariance

@@ -106,18 +106,24 @@ def training_loss(
     This is DDPM's Algorithm 1 up to its gradient step.
 
     Why a squared error: the images should be probable to the network. Their negative log-likelihood
-    has an upper bound (the variational bound, DDPM eq. 5) that compares, at every t > 0, the step
-    back that is true if x_0 is known, `NoiseScheduler.posterior`, with the network's. Both are
-    Gaussians of the same variance, and the distance (KL divergence) of such is the squared distance
-    of their means, times a factor (eq. 8). These means differ by a multiple of noise - noise_pred
-    (eq. 12). Eq. 14 leaves all the factors out. That is no longer the bound, but in DDPM counts
-    small t less and draws better (section 3.4).
+    has an upper bound (the variational bound, by Jensen's inequality, DDPM eq. 3 to 5). It
+    compares, at every t > 0, the step back that is true if x_0 is known,
+    `NoiseScheduler.posterior`, with the network's. Both are Gaussians. If the network's is given
+    the posterior's variance, their distance (KL divergence) is the squared distance of the means
+    over twice that variance (eq. 8). The means differ by a multiple of noise - noise_pred. So the
+    bound gives the squared error of the noise the weight beta_t / (2 alpha_t (1 - alpha-bar_{t-1}))
+    (from eq. 12), by DDPM's schedule most at small t. Eq. 14 leaves the weight out. That is no
+    longer the bound, but draws better (section 3.4).
 
     Why the noise and not the image: x_0_pred is wrong by the error of noise_pred times
     sqrt((1 - alpha-bar_t) / alpha-bar_t), so its square would count large t most, where there is
-    hardly an image to see. DDPM, predicting x_0, got worse samples (section 3.2). Besides, minus
-    the mean of the noises that fit x_t points to where x_t gets more probable; up to a factor it is
-    the score, grad log q(x_t) = -E[eps | x_t] / sqrt(1 - alpha-bar_t).
+    hardly an image to see. DDPM, predicting x_0, got worse samples (section 3.2). The error of the
+    noise, counted alike at all t, lies between that and the bound.
+
+    The noise is also the score, up to a factor. q(x_t | x_0) is a Gaussian, whose
+    grad log q(x_t | x_0) is -eps / sqrt(1 - alpha-bar_t). The score, grad log q(x_t), is the mean
+    of this over the x_0 that fit x_t. So minus the mean noise points to where x_t gets more
+    probable.
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
