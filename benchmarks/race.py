@@ -104,15 +104,19 @@ def diffusers() -> Contender:
         sampler.set_timesteps(NUM_STEPS)
         x_t = torch.randn(len(labels), 1, 28, 28)
         for t in sampler.timesteps:
-            x_t = sampler.step(ema(x_t, t, labels).sample, t, x_t, eta=1.0).prev_sample
+            noise_pred = ema(x_t, t, labels).sample
+            # With noise that fits the clipped x_0, as in the course's DDPMScheduler.
+            step = sampler.step(noise_pred, t, x_t, eta=1.0, use_clipped_model_output=True)
+            x_t = step.prev_sample
         return x_t
 
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3)]
-    return Contender(model, optimizers, 128, 0.999, loss, draw)
+    return Contender(model, optimizers, 128, 0.999, loss, draw, max_grad_norm=math.inf)
 
 
 def smalldiffusion() -> Contender:
     """The project's example for FashionMNIST, with its embedding of the label."""
+    from accelerate import Accelerator
     from smalldiffusion import CondEmbedderLabel, Scaled, ScheduleLogLinear, Unet, samples
 
     schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
@@ -126,11 +130,12 @@ def smalldiffusion() -> Contender:
 
     def draw(ema: nn.Module, labels: Tensor) -> Tensor:
         sigmas = schedule.sample_sigmas(NUM_STEPS)
-        *_, x_0 = samples(ema, sigmas, gam=1.6, batchsize=len(labels), cond=labels)
+        size = {"batchsize": len(labels), "accelerator": Accelerator(cpu=True)}
+        *_, x_0 = samples(ema, sigmas, gam=1.6, cond=labels, **size)
         return x_0
 
     optimizers = [torch.optim.AdamW(model.parameters(), lr=7e-4)]
-    return Contender(model, optimizers, 128, 0.999, loss, draw, max_grad_norm=torch.inf)
+    return Contender(model, optimizers, 128, 0.999, loss, draw, max_grad_norm=math.inf)
 
 
 def denoising_diffusion_pytorch() -> Contender:
