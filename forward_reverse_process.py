@@ -196,9 +196,10 @@ class NoiseScheduler(nn.Module):
         Sampling does not know x_0 and puts the predicted one in its place: the mean of all images
         that fit x_t. The mean above stays exact, being linear in x_0 (if the network is perfect and
         not guided). The variance comes out too small, by c^2 Var(x_0 | x_t), where c is the factor
-        of x_0 in the mean (the law of total variance). Without that a large step gives a blurred
-        image: the largest, from T - 1 to the clean image (`step` may jump so far), has c = 1 and
-        gives the mean of all images.
+        of x_0 in the mean (the law of total variance). So a large step ends too near the mean,
+        which is blurred: the largest, from T - 1 to the clean image (`step` may jump so far), has
+        c = 1 and gives the mean of all images. A larger variance would not mend that: where several
+        images fit, q(x_{t-1} | x_t) is a Gaussian only if the step is small (DDPM, section 2).
 
         How much is missing in a small step? No guess at x_0 has a smaller squared error than the
         mean. So Var(x_0 | x_t), which is the mean's squared error, is on average at most that of

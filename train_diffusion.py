@@ -978,9 +978,14 @@ def home_path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"there is no home folder for {text}") from None
 
 
+def absolute_path(text: str) -> str:
+    """An option's type: a path that stays right in another folder."""
+    return os.path.abspath(home_path(text))
+
+
 def source(text: str) -> str:
-    """An option's type: a published set, or a path that stays right in another folder."""
-    return text if text in IDX_SETS else os.path.abspath(home_path(text))
+    """An option's type: a published set, or the path of a file."""
+    return text if text in IDX_SETS else absolute_path(text)
 
 
 def make_parser() -> Parser:
@@ -1022,7 +1027,7 @@ def make_parser() -> Parser:
     add("--output", type=home_path, help=output)
 
     add = parser.add_argument_group("where and how").add_argument
-    add("--data-dir", type=source, help="of the published sets (data, beside this file)")
+    add("--data-dir", type=absolute_path, help="of the published sets (data, beside this file)")
     add("--output-dir", type=home_path, default=Path(), help="for what a run writes (%(default)s)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")

@@ -42,8 +42,8 @@ def small_data(mnist, tmp_path_factory) -> Path:
     data_dir = tmp_path_factory.mktemp("data")
     raw = data_dir / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    images, labels = mnist[0]
-    for split, count in (("train", NUM_TRAIN), ("t10k", NUM_TEST)):
+    splits = zip(("train", "t10k"), mnist, (NUM_TRAIN, NUM_TEST))
+    for split, (images, labels), count in splits:
         (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(images[:count, 0]))
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(labels[:count]))
     return data_dir

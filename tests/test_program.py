@@ -9,6 +9,7 @@ import runpy
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,6 +231,25 @@ def test_labels_are_drawn_as_asked_and_written_with_the_images(finished, tmp_pat
         assert file["labels"].tolist() == [3, 1, 4, 1, 5]
         assert np.array_equal(file["images"], expected)
     assert np.array_equal(np.load(tmp_path / "pi.NPY"), expected)
+
+
+def test_options_reach_the_sampler_the_schedule_and_the_network(small_data, tmp_path, monkeypatch):
+    asked, sample = [], program.sample
+
+    def spied_sample(model, scheduler, *args, **options):
+        asked.append((*args, options))
+        return sample(model, scheduler, *args, **options)
+
+    monkeypatch.setattr(program, "sample", spied_sample)
+    options = ["--output-dir", tmp_path, "--eta", 0.5, "--guidance", 2, "--seed", 3]
+    plan = [*TINY, "--max-steps", 1, "--data-dir", small_data]
+    assert run_main(*options, *plan, "--schedule", "linear", "--base-channels", 16) == (0, "")
+    assert run_main(*options, *DRAW, "--labels", 7, 8) == (0, "")
+    sampler = {"eta": 0.5, "guidance": 2, "seed": 3}
+    assert asked == [(4, None, 2, sampler), (None, [7, 8], 2, sampler)]
+    model, scheduler = program.load_model(tmp_path / "weights.pt")
+    assert model.stem.out_channels == 16 and scheduler.schedule == "linear"
+    assert program.parse_options(["--data-dir", "MNIST"]).data_dir == str(Path.cwd() / "MNIST")
 
 
 def test_the_repository_holds_a_labeled_network_of_the_default_settings():

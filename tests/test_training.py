@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NUM_TRAIN, STEPS_PER_EPOCH, TINY, checkpoint, run_main
+from conftest import NUM_TRAIN, STEPS_PER_EPOCH, TINY, checkpoint, run_main, same_state
 from test_network import trained
 from test_scheduler import assert_same
 from torch import Tensor
@@ -124,32 +124,42 @@ def test_every_weight_has_one_optimizer_muon_has_the_kernels_and_none_decays(nam
 # --- the loop -------------------------------------------------------------------------------------
 
 
-def spied_run(folder, *options) -> SimpleNamespace:
+def spied_run(folder, *options, factor: float = 1.0) -> SimpleNamespace:
     """A real run: at every step what goes into the loss, the weights, and the gradient's length.
 
-    The loss is multiplied, so that every gradient has to be clipped; nothing else depends on that.
+    With a large factor, by which the loss is multiplied, every gradient has to be clipped.
     """
-    seen = SimpleNamespace(draws=[], weights=[], averages=[], rates=[], norms=[])
-    training_loss, muon_step = program.training_loss, program.Muon.step
+    seen = SimpleNamespace(draws=[], losses=[], weights=[], held_out=[], averages=[], norms=[])
+    seen.rates = {}  # of each optimizer, by its name
+    training_loss = program.training_loss
 
     def spied_loss(model, scheduler, x_0, labels=None, t=None, noise=None):
+        loss = factor * training_loss(model, scheduler, x_0, labels, t, noise)
         if not model.training:  # the average of the weights, whose held-out loss ends an epoch
+            seen.held_out.append((x_0, labels, loss))
             seen.averages.append(copy.deepcopy(model.state_dict()))
         else:
             seen.model = model
             seen.draws.append((x_0, labels, t, noise))
+            seen.losses.append(loss.mean().item())
             seen.weights.append(copy.deepcopy(model.state_dict()))
-        return 1e6 * training_loss(model, scheduler, x_0, labels, t, noise)
+        return loss
 
-    def spied_step(optimizer):
-        seen.rates.append(optimizer.param_groups[0]["lr"])
-        squares = [weight.grad.square().sum() for weight in seen.model.parameters()]
-        seen.norms.append(sum(squares).sqrt().item())
-        muon_step(optimizer)
+    def spied(step):
+        def spied_step(optimizer):
+            name = type(optimizer).__name__
+            seen.rates.setdefault(name, []).append(optimizer.param_groups[0]["lr"])
+            if name == "Adam":  # which every run has
+                squares = [weight.grad.square().sum() for weight in seen.model.parameters()]
+                seen.norms.append(sum(squares).sqrt().item())
+            return step(optimizer)
+
+        return spied_step
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "training_loss", spied_loss)
-        patch.setattr(program.Muon, "step", spied_step)
+        for optimizer in (program.Muon, torch.optim.Adam):
+            patch.setattr(optimizer, "step", spied(optimizer.step))
         patch.setattr(program, "WARMUP_STEPS", 5)
         patch.setattr(program, "EMA_DECAY", 0.3)  # reached at the fourth step
         assert run_main(*TINY, "--timesteps", T, "--output-dir", folder, *options) == (0, "")
@@ -161,7 +171,7 @@ def spied_run(folder, *options) -> SimpleNamespace:
 def run(small_data, tmp_path_factory) -> SimpleNamespace:
     """Two epochs; x_0, labels, t and noise are those of all steps, [steps, B, ...]."""
     options = ["--epochs", 2, "--lr", 0.05, "--label-dropout", 0.3, "--data-dir", small_data]
-    seen = spied_run(tmp_path_factory.mktemp("run"), *options)
+    seen = spied_run(tmp_path_factory.mktemp("run"), *options, factor=1e6)
     seen.x_0, seen.labels, seen.t, seen.noise = map(torch.stack, zip(*seen.draws))
     return seen
 
@@ -185,7 +195,7 @@ def test_timesteps_are_uniform_and_noise_is_always_new(run):
     steps, batch_size = run.t.shape
     counts, expected = run.t.flatten().bincount(minlength=T), steps * batch_size / T
     assert len(counts) == T and run.t.dtype == torch.int64
-    assert (counts - expected).abs().max() < 4 * math.sqrt(expected)
+    assert counts.min() > 0 and (counts - expected).abs().max() < 4 * math.sqrt(expected)
     assert len(run.t.unique(dim=0)) == steps  # drawn anew in every step, not by a fixed pattern
     assert len(run.noise.flatten(0, 1).unique(dim=0)) == steps * batch_size == 2 * NUM_TRAIN
     assert abs(run.noise.mean().item()) < 0.02 and abs(run.noise.var().item() - 1) < 0.03
@@ -194,7 +204,7 @@ def test_timesteps_are_uniform_and_noise_is_always_new(run):
 def test_the_learning_rate_warms_up_and_falls_to_zero_and_huge_gradients_are_clipped(run):
     total = 2 * STEPS_PER_EPOCH
     expected = [0.05 * min(1, (i + 1) / 5) * (1 - i / total) for i in range(total)]
-    assert run.rates == pytest.approx(expected)
+    assert run.rates == {name: pytest.approx(expected) for name in ("Adam", "Muon")}
     assert run.norms == pytest.approx([1.0] * total, rel=1e-3)
 
 
@@ -206,8 +216,19 @@ def test_the_average_follows_fast_at_first_and_slowly_later(run):
         expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
     for name, average in run.averages[0].items():
         assert_same(average, expected[name], rtol=1e-5, atol=1e-7)
-    assert not torch.equal(average, now[name])
-    assert torch.equal(run.averages[-1][name], run.state["ema"][name])  # which is kept
+    assert not same_state(run.averages[0], now)
+    assert same_state(run.averages[-1], run.state["ema"])  # which is kept
+
+
+def test_the_log_has_the_means_of_the_losses_and_held_out_are_the_test_splits(run, small_data):
+    images, labels = program.load_images("MNIST", small_data)[1]
+    steps = torch.tensor(run.losses).chunk(2)  # of the two epochs
+    for row, losses, (x_0, y, errors) in zip(
+        run.state["history"], steps, run.held_out, strict=True
+    ):
+        assert torch.equal(program.to_uint8(x_0), images) and torch.equal(y, labels)
+        assert row["train_loss"] == pytest.approx(losses.mean().item())
+        assert row["val_loss"] == pytest.approx(errors.mean().item())
 
 
 def test_a_plain_model_learns_without_any_label_and_with_adam_alone(small_data, tmp_path):
@@ -215,7 +236,8 @@ def test_a_plain_model_learns_without_any_label_and_with_adam_alone(small_data, 
     run = spied_run(tmp_path, "--data-dir", small_data, *options)
     first, *_, last = run.state["history"]
     assert last["train_loss"] < 0.8 * first["train_loss"] and last["val_loss"] < first["val_loss"]
-    assert all(labels is None for _, labels, _, _ in run.draws) and run.rates == []
+    assert all(labels is None for _, labels, _, _ in run.draws) and list(run.rates) == ["Adam"]
+    assert min(run.norms) < 0.9 and max(run.norms) < 1.001  # clipped, and not stretched
     assert program.load_model(tmp_path / "weights.pt")[0].num_classes is None
 
 
