@@ -199,7 +199,7 @@ class NoiseScheduler(nn.Module):
         of x_0 in the mean (the law of total variance). So a large step ends too near the mean,
         which is blurred: the largest, from T - 1 to the clean image (`step` may jump so far), has
         c = 1 and gives the mean of all images. A larger variance would not mend that: where several
-        images fit, q(x_{t-1} | x_t) is a Gaussian only if the step is small (DDPM, section 2).
+        images fit, q(x_{t-1} | x_t) is about a Gaussian only in a small step (DDPM, section 2).
 
         How much is missing in a small step? No guess at x_0 has a smaller squared error than the
         mean. So Var(x_0 | x_t), which is the mean's squared error, is on average at most that of
