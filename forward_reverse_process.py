@@ -307,7 +307,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
     One number between 0 and 999 is hard on a network: the next timestep hardly differs. Like the
     hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from late.
 
-    int64 [B] -> float32 [B, dim]; dim is a positive even number.
+    int64 [B] -> [B, dim] in PyTorch's default dtype, float32; dim is a positive even number.
     """
 
     def __init__(self, dim: int) -> None:
@@ -315,7 +315,8 @@ class SinusoidalPositionalEmbedding(nn.Module):
         if dim < 2 or dim % 2:
             raise ValueError(f"dim must be a positive even number, not {dim}")
         frequencies = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2))
-        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+        frequencies = frequencies.to(torch.get_default_dtype())
+        self.register_buffer("frequencies", frequencies, persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         angles = t[:, None] * self.frequencies[None, :]  # [B], [dim / 2] -> [B, dim / 2]

@@ -29,6 +29,7 @@ import math
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -45,7 +46,7 @@ from typing import BinaryIO, NoReturn, TextIO
 if __name__ == "__main__":  # Ctrl-C during the slow imports: no traceback
     SIGINT_HANDLER = signal.signal(signal.SIGINT, signal.SIG_DFL)
 # import matplotlib would fail over a backend that is not installed, and files need none.
-MPLBACKEND = os.environ.pop("MPLBACKEND", None)
+MPLBACKEND = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
 
 import matplotlib.style
 import numpy as np
@@ -64,6 +65,8 @@ from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
 
 if MPLBACKEND is not None:
     os.environ["MPLBACKEND"] = MPLBACKEND
+    with contextlib.suppress(ValueError):  # matplotlib looks but once; a notebook needs it later
+        matplotlib.rcParams["backend"] = MPLBACKEND
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, SIGINT_HANDLER)
 
@@ -492,7 +495,9 @@ def explained(path: Path, problem: str, remedy: str, kind: type = OSError) -> It
     try:
         yield
     except PermissionError as error:
-        raise kind(f"{path} is not yours to use ({error.strerror}). Name another one") from None
+        raise kind(f"{path} is not yours to use ({error.strerror}). {remedy}") from None
+    except MemoryError as error:
+        raise OSError(f"there is too little memory for {path} ({one_line(error)})") from None
     except Exception as error:  # libraries raise anything from KeyError to zlib.error
         raise kind(f"{path} {problem} ({one_line(error)}). {remedy}") from None
 
@@ -577,8 +582,12 @@ def matching(path: Path, splits: list[tuple]) -> list[tuple]:
     (images, labels), (test_images, test_labels) = splits
     if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
         raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
-    if labels is not None and not torch.isin(test_labels, labels).all():
-        raise ValueError(f"{path}: only held-out images have some label. Shuffle the images")
+    if labels is not None:
+        if not torch.isin(test_labels, labels).all():
+            raise ValueError(f"{path}: only held-out images have some label. Shuffle the images")
+        if unused := set(range(int(labels.max()))) - set(labels.tolist()):
+            without = f"no image has the label {min(unused)}, so drawing it will give nonsense"
+            say(f"warning: {path}: {without}. Number labels from 0, without gaps", sys.stderr)
     return splits
 
 
@@ -1124,10 +1133,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 sample_only(args, device)
         except (RuntimeError, MemoryError) as error:
             text = one_line(error)
-            known = ("out of memory", "allocate memory", "not enough memory")
+            known = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
             if isinstance(error, RuntimeError) and not any(words in text for words in known):
                 raise
-            remedy = "Try a lower --batch-size or --base-channels"
+            remedy = "Try --device cpu, or close other programs"
+            if not args.resume and not args.sample_only:  # which keep to their sizes
+                remedy = "Try a lower --batch-size or --base-channels, or smaller images"
             raise OSError(f"there is too little memory ({text}). {remedy}") from None
         except KeyboardInterrupt:
             options = ["--resume", f"--output-dir={folder}", f"--device={args.device}"]
@@ -1196,6 +1207,7 @@ class Muon(torch.optim.Optimizer):
 
 
 if __name__ == "__main__":
+    socket.setdefaulttimeout(60)  # seconds; else a download waits for a silent server for ever
     try:
         main()
     except KeyboardInterrupt as interrupt:

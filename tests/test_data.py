@@ -126,7 +126,10 @@ def test_files_that_do_not_fit_together_and_one_that_may_not_be_read(raw, tmp_pa
             program.load_images("MNIST", tmp_path)
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     monkeypatch.setattr("gzip.open", denied)
-    with pytest.raises(OSError, match=f"{FILES[0]} is not yours to use"):
+    with pytest.raises(OSError, match=f"{FILES[0]} is not yours to use .* published file"):
+        program.load_images("MNIST", tmp_path)
+    monkeypatch.setattr("gzip.open", mock.Mock(side_effect=MemoryError))
+    with pytest.raises(OSError, match=f"too little memory for .*{FILES[0]}"):  # not: delete it
         program.load_images("MNIST", tmp_path)
 
 
@@ -249,6 +252,16 @@ def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path):
     code, message = run_main(*options, "--max-steps", 1)
     assert code == 2 and "\n" not in message and re.search(words, message), message
     assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_labels_with_gaps_are_taken_with_a_warning(tmp_path, capsys):
+    """Such as EMNIST's letters, which count from 1: every label below the largest has a column."""
+    program.load_images(save(tmp_path, images=GRAY, labels=LABELS))
+    assert capsys.readouterr().err == ""
+    path = save(tmp_path, images=GRAY, labels=LABELS + 1)
+    assert program.load_images(path)[0][1].tolist() == (LABELS + 1)[:95].tolist()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {path}: no image has the label 0, ")
 
 
 def test_a_broken_npz_file_gets_one_line(tmp_path):

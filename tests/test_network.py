@@ -47,6 +47,15 @@ def test_the_embedding_is_its_formula_and_tells_all_timesteps_apart():
     assert distances.min() > 0.3
 
 
+def test_the_network_follows_pytorchs_default_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        noise_pred = UNet(NoiseScheduler(), base_channels=8)(normal(1, 1, 28, 28), 3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert noise_pred.dtype == torch.float64
+
+
 @torch.no_grad()
 def test_attention_is_its_formula():
     """softmax(q k^T / sqrt(d)) v (Transformer, eq. 1) of the normed input, added to the input."""

@@ -331,6 +331,15 @@ def test_importing_changes_nothing_and_a_run_with_nowhere_to_print_ends_well(sma
         assert checkpoint(tmp_path / "out")["step"] == 1
 
 
+def test_a_notebook_that_imports_the_program_first_still_shows_its_pictures():
+    """matplotlib looks at the variable but once."""
+    code = "import train_diffusion, matplotlib; print(matplotlib.get_backend())"
+    settings = {"cwd": ROOT, "env": {**os.environ, "MPLBACKEND": "svg"}}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, **settings)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "svg\n", "")
+
+
 def text_stream(encoding="utf-8"):
     return io.TextIOWrapper(io.BytesIO(), encoding, newline="\n")
 
@@ -353,7 +362,7 @@ def test_printing_never_ends_a_run_and_spells_out_what_a_terminal_lacks(tmp_path
 
 
 @pytest.mark.parametrize("kind", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
-def test_too_little_memory_gets_one_line(resume, monkeypatch, kind):
+def test_too_little_memory_gets_one_line(small_data, tmp_path, resume, monkeypatch, kind):
     """As a GPU's allocator, Python and a CPU's allocator say it; other errors are no user's."""
     problem = "[enforce fail at alloc.cpp] err == 0. DefaultCPUAllocator:\ncan't allocate memory"
     if kind is torch.cuda.OutOfMemoryError:
@@ -361,7 +370,9 @@ def test_too_little_memory_gets_one_line(resume, monkeypatch, kind):
     monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=kind(problem)))
     code, message = run_main(*resume)
     assert code == 1 and message.startswith("there is too little memory (") and "\n" not in message
-    assert message.endswith("Try a lower --batch-size or --base-channels")
+    assert "--device cpu" in message and "--batch-size" not in message  # which a run keeps
+    new_run = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path / "new"]
+    assert "Try a lower --batch-size" in run_main(*new_run)[1]
     bug = RuntimeError("unsupported memory format option")
     monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=bug))
     with pytest.raises(RuntimeError, match="unsupported"):
