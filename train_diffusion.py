@@ -218,6 +218,8 @@ def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespa
         signals.resumable = True
         draw_noise_schedule(folder / "noise_schedule.png", args.timesteps)
         draw_forward_process(folder / "forward_process.png", scheduler, test_images[:4], args.seed)
+    if step < last_step:
+        say(f"training on {device}, from step {step} to {last_step}; each epoch gets a line")
     while step < last_step or len(history) < step // steps_per_epoch:
         # What is left of an epoch, as numbers of images, [steps, B]. (Nothing, if the run was
         # killed after the epoch's last step and before its row in the log.)
