@@ -343,8 +343,9 @@ def test_an_error_is_one_line_for_a_user(options, status, tmp_path, monkeypatch,
     monkeypatch.setattr(
         sys, "argv", ["train_diffusion.py", *options, "--output-dir", str(tmp_path)]
     )
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("signal.signal", lambda signum, handler: None)  # pytest keeps its own
+    monkeypatch.setattr("socket.setdefaulttimeout", lambda seconds: None)
     monkeypatch.setattr(program.datasets.MNIST, "mirrors", [])
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "train_diffusion.py"), run_name="__main__")
