@@ -101,6 +101,18 @@ class NoiseScheduler(nn.Module):
         schedule: "cosine" (Improved DDPM) or "linear" (DDPM).
     """
 
+    betas: Tensor  # beta_t, [T] like all of them
+    alphas: Tensor  # alpha_t
+    alphas_cumprod: Tensor  # alpha-bar_t
+    alphas_cumprod_prev: Tensor  # alpha-bar_{t-1}
+    sqrt_alphas_cumprod: Tensor  # sqrt(alpha-bar_t), the factor of x_0 in x_t
+    sqrt_one_minus_alphas_cumprod: Tensor  # sqrt(1 - alpha-bar_t), the factor of eps in x_t
+    sqrt_alphas_cumprod_prev: Tensor  # sqrt(alpha-bar_{t-1})
+    sqrt_one_minus_alphas_cumprod_prev: Tensor  # sqrt(1 - alpha-bar_{t-1})
+    posterior_mean_coef_x_0: Tensor  # the factors of x_0 and x_t
+    posterior_mean_coef_x_t: Tensor  # in the mean of q(x_{t-1} | x_t, x_0)
+    posterior_variance: Tensor  # beta-tilde_t, its variance
+
     def __init__(self, num_timesteps: int = 1000, schedule: str = "cosine") -> None:
         super().__init__()
         if num_timesteps < 2:
@@ -186,6 +198,8 @@ class NoiseScheduler(nn.Module):
 
     def posterior(self, x_t: Tensor, t: Tensor | int, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, C, H, W] and variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7).
+
+        Nothing calls it but the tests: it is here to explain `step`.
 
             mean     = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t) x_0
                      + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
@@ -310,6 +324,8 @@ class SinusoidalPositionalEmbedding(nn.Module):
     int64 [B] -> [B, dim] in PyTorch's default dtype, float32; dim is a positive even number.
     """
 
+    frequencies: Tensor  # w_i, [dim / 2]
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         if dim < 2 or dim % 2:
@@ -329,8 +345,8 @@ NUM_HEADS = 2  # of the attention: each looks for something of its own
 
 def zero_init(layer: nn.Module) -> nn.Module:
     """The same layer, at zero: a branch that ends in it adds nothing at first."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
     return layer
 
 
@@ -435,6 +451,9 @@ class UNet(nn.Module):
         num_classes: labels are 0 ... num_classes - 1; None for a network without labels.
     """
 
+    sqrt_alphas_cumprod: Tensor  # the scheduler's, [T]
+    sqrt_one_minus_alphas_cumprod: Tensor
+
     def __init__(
         self,
         scheduler: NoiseScheduler,
@@ -445,7 +464,7 @@ class UNet(nn.Module):
         super().__init__()
         if base_channels < 1 or base_channels % NORM_GROUPS:
             raise ValueError(f"base_channels must be a multiple of {NORM_GROUPS}: {base_channels}")
-        self.image_shape = tuple(image_shape)
+        self.image_shape = image_shape
         self.num_classes = num_classes
         channels = image_shape[0]
         high, low = base_channels, 2 * base_channels  # at half resolution and at a quarter

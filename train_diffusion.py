@@ -6,79 +6,33 @@
     python train_diffusion.py --dataset my_images.npz        # train on your own images
     torchrun --nproc-per-node=2 train_diffusion.py           # several processes or GPUs
 
-or, from Python:
-
-    from train_diffusion import load_model, sample
-    model, scheduler = load_model()
-    digits = sample(model, scheduler, labels=[3, 1, 4, 1, 5])
-
 The network learns to say which noise was added to an image. forward_reverse_process.py has the
-mathematics and the network; read that first. This file has the program around them: images, one
-step of training (DDPM's Algorithm 1), the loop, sampling (Algorithm 2, DDIM, guidance). What comes
-after that is not about diffusion: files, processes, pictures, the command line, an optimizer.
+mathematics and the network; read that first. Here is what is done with them, in this order: one
+step of training (DDPM's Algorithm 1), sampling (Algorithm 2, DDIM, guidance), the loop of training,
+pictures of both processes, the command line. What is not about diffusion is in support/.
 """
 
 import argparse
-import contextlib
 import copy
-import datetime
-import gzip
-import io
-import itertools
-import math
-import os
-import shlex
-import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import textwrap
-import threading
 import time
-import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import BinaryIO, NoReturn, TextIO
 
-if __name__ == "__main__":  # Ctrl-C during the slow imports: no traceback
-    SIGINT_HANDLER = signal.signal(signal.SIGINT, signal.SIG_DFL)
-# import matplotlib would fail over a backend that is not installed, and files need none.
-MPLBACKEND = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-
-import matplotlib.style
-import numpy as np
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision import datasets
-from torchvision.utils import make_grid
-from tqdm.auto import tqdm
 
 from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
-
-if MPLBACKEND is not None:
-    os.environ["MPLBACKEND"] = MPLBACKEND
-    with contextlib.suppress(ValueError):  # matplotlib looks but once; a notebook needs it later
-        matplotlib.rcParams["backend"] = MPLBACKEND
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, SIGINT_HANDLER)
-
-HERE = Path(__file__).resolve().parent
-LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run; Muon: the file's last section
-WARMUP_STEPS = 200  # steps in which the learning rate rises
-MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
-EMA_DECAY = 0.999  # of the weights' exponential moving average: about 1 / (1 - decay) steps long
-CHECK_EVERY = 20  # steps between two looks at the loss; each makes the CPU wait for a GPU
-SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
-NUM_HELD_OUT = 2000  # images at most for the held-out loss
-CHUNK = 250  # images that are drawn or measured together
+from support import checkpoints, datasets, devices, files, messages, options, pictures, processes
+from support.checkpoints import Checkpoint, NetworkShape, Schedule
+from support.datasets import load_images as load_images  # for whoever imports it from here
+from support.interruption import Interruption, heard_interruptions
+from support.messages import say
+from support.optimizers import LEARNING_RATES, make_optimizers
+from support.run import Run
 
 # --- Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside ----------------------
 
@@ -93,7 +47,10 @@ def to_uint8(x_0: Tensor) -> Tensor:
     return ((x_0 + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-# --- Training -------------------------------------------------------------------------------------
+# --- One step of training -------------------------------------------------------------------------
+
+MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
+EMA_DECAY = 0.999  # of the weights' exponential moving average: about 1 / (1 - decay) steps long
 
 
 def training_loss(
@@ -104,29 +61,10 @@ def training_loss(
     t: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """The mean squared error of the predicted noise, for each image: float32 [B].
+    """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
-    This is DDPM's Algorithm 1 up to its gradient step.
-
-    Why a squared error: the images should be probable to the network. Their negative log-likelihood
-    has an upper bound (the variational bound, by Jensen's inequality, DDPM eq. 3 to 5). It
-    compares, at every t > 0, the step back that is true if x_0 is known,
-    `NoiseScheduler.posterior`, with the network's. Both are Gaussians. If the network's is given
-    the posterior's variance, their distance (KL divergence) is the squared distance of the means
-    over twice that variance (eq. 8). The means differ by a multiple of noise - noise_pred. So the
-    bound gives the squared error of the noise the weight beta_t / (2 alpha_t (1 - alpha-bar_{t-1}))
-    (from eq. 12), by DDPM's schedule most at small t. Eq. 14 leaves the weight out. That is no
-    longer the bound, but draws better (section 3.4).
-
-    Why the noise and not the image: x_0_pred is wrong by the error of noise_pred times
-    sqrt((1 - alpha-bar_t) / alpha-bar_t), so its square would count large t most, where there is
-    hardly an image to see. DDPM, predicting x_0, got worse samples (section 3.2). The error of the
-    noise, counted alike at all t, lies between that and the bound.
-
-    The noise is also the score, up to a factor. q(x_t | x_0) is a Gaussian, whose
-    grad log q(x_t | x_0) is -eps / sqrt(1 - alpha-bar_t). The score, grad log q(x_t), is the mean
-    of this over the x_0 that fit x_t. So minus the mean noise points to where x_t gets more
-    probable.
+    This is DDPM's Algorithm 1 up to its gradient step. docs/derivations.md says why the error is
+    squared, and why it is that of the noise.
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -141,202 +79,85 @@ def training_loss(
     return (noise - noise_pred).square().mean(dim=(1, 2, 3))
 
 
-def train(args: argparse.Namespace, device: torch.device, signals: SimpleNamespace) -> None:
-    """The whole run: from the images to the trained network and its pictures.
+@dataclass
+class Learner:
+    """What a training step changes, and what a checkpoint holds of it."""
 
-    `signals` is what `heard_signals` yields. With several processes, each draws what one alone
-    would draw for the whole batch, and works on its share. Gradients are averaged, so the result is
-    that of one process, up to rounding.
+    model: UNet
+    ema: UNet  # an average of the weights, smoother than the latest ones: it draws
+    optimizers: list[torch.optim.Optimizer]
+
+    def state(self) -> Checkpoint:
+        weights: Checkpoint = {"model": self.model.state_dict(), "ema": self.ema.state_dict()}
+        return {**weights, "optimizers": [each.state_dict() for each in self.optimizers]}
+
+    def load_state(self, saved: Checkpoint) -> None:
+        self.model.load_state_dict(saved["model"])
+        self.ema.load_state_dict(saved["ema"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+def training_step(
+    learner: Learner,
+    scheduler: NoiseScheduler,
+    images: Tensor,
+    labels: Tensor | None,
+    step: int,
+    lr: float,
+    label_dropout: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """DDPM's Algorithm 1 on a batch. Returns the loss, nan if it or its gradient is not finite.
+
+    Args:
+        images: uint8 [B, C, H, W].
+        labels: int64 [B], or None: no label for all.
+        step: how many steps came before.
+        lr: the learning rate.
+        label_dropout: share of the labels to drop.
+        generator: for all random draws, on the images' device.
     """
-    rank, _, num_processes = torchrun_variables()
-    share = slice(rank, None, num_processes)  # of every batch: each so-many-th image
-    batch_size = args.batch_size
-    folder, path = args.output_dir, args.output_dir / "checkpoint.pt"
+    model, device = learner.model, images.device
 
-    # Load.
-    data_dir = args.data_dir or HERE / "data"
-    (images, labels), (test_images, test_labels) = load_images(args.dataset, data_dir)
-    if batch_size > len(images):
-        raise ValueError(f"argument --batch-size: only {len(images)} images are to train on")
-    data = [images] if labels is None else [images, labels]
-    check_sums = [zlib.crc32(x.contiguous().numpy()) for x in data]  # a run keeps to its images
-    if labels is None or args.label_dropout == 1:
-        num_classes = labels = test_labels = None
-    else:
-        num_classes = int(labels.max()) + 1
-        labels, test_labels = labels.to(device), test_labels[:NUM_HELD_OUT].to(device)
-    images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
-    steps_per_epoch = len(images) // batch_size
-    total_steps = args.epochs * steps_per_epoch
-    last_step = min(total_steps, args.max_steps or total_steps)
-    num_steps = min(args.sample_steps, args.timesteps)  # of sampling
+    # Draw a timestep and noise for every image, and whose label to drop (`guided_noise` asks the
+    # network without one too). Of several processes, each then works on its share of the batch.
+    x_0 = processes.share(to_model(images))
+    t = torch.randint(scheduler.num_timesteps, (len(images),), generator=generator, device=device)
+    noise = torch.randn(images.shape, generator=generator, device=device)
+    t, noise = processes.share(t), processes.share(noise)
+    if labels is not None:
+        dropped = torch.rand(len(images), generator=generator, device=device) < label_dropout
+        labels = processes.share(labels.masked_fill(dropped, model.no_label))
 
-    # Build.
-    schedule = {"num_timesteps": args.timesteps, "schedule": args.schedule}
-    shape = {"image_shape": tuple(images.shape[1:]), "base_channels": args.base_channels}
-    shape |= {"num_classes": num_classes}
-    scheduler = NoiseScheduler(**schedule).to(device)
-    torch.manual_seed(args.seed)  # for the initial weights; later draws have their own generators
-    model = UNet(scheduler, **shape).to(device, memory_format=memory_format(device))
-    ema = copy.deepcopy(model).eval()  # an average of the weights, smoother than the latest ones
-    optimizers = make_optimizers(model, args.optimizer)
-    step, seconds = 0, 0.0  # done so far
-    losses = torch.zeros(steps_per_epoch, device=device)  # of the current epoch
-    history: list[dict[str, float]] = []  # a row for every epoch, as in train_log.csv
-    use_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    # Predict the noise, in bfloat16 where the GPU has it.
+    with devices.autocast(device):
+        loss = training_loss(model, scheduler, x_0, labels, t, noise).mean()
 
-    # Resume.
-    if args.resume:
-        saved = args.saved
-        if (saved.get("unet"), saved.get("check_sums")) != (shape, check_sums):
-            problem = f"the images of {args.dataset} are not what {path} was trained on"
-            raise ValueError(f"--resume: {problem}. Give their --dataset or --data-dir")
-        with explained(path, "does not fit this program", "Name another --output-dir"):
-            model.load_state_dict(saved["model"])
-            ema.load_state_dict(saved["ema"])
-            for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
-            step, seconds, losses = saved["step"], saved["seconds"], saved["losses"].to(device)
-            history = saved["history"]
-        if step >= last_step:
-            asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
-            say(f"nothing left to train: {path} is at step {step}, and {asked}")
-    weights = {"scheduler": schedule, "unet": shape, "ema": ema.state_dict()}  # live tensors
+    # Learn: one step down the gradient, which is the mean over all processes.
+    model.zero_grad()
+    loss.backward()
+    loss, weights = loss.detach(), list(model.parameters())
+    processes.average([loss, *(weight.grad for weight in weights if weight.grad is not None)])
+    grad_norm = torch.nn.utils.clip_grad_norm_(weights, MAX_GRAD_NORM)
+    for optimizer in learner.optimizers:
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
 
-    def save() -> None:
-        """Write checkpoint.pt: all that a run needs to go on, in tensors and plain values."""
-        state = {"settings": {name: getattr(args, name) for name in CHANGEABLE + KEPT}}
-        state |= {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
-        state |= {"step": step, "seconds": seconds, "losses": losses, "check_sums": check_sums}
-        if rank == 0:
-            save_checkpoint(path, weights | state | {"history": history})
-
-    if rank == 0:
-        if not args.resume:
-            keep_earlier_checkpoint(path)
-            save()  # now, so that a run can be resumed whenever it is interrupted
-        signals.resumable = True
-        draw_noise_schedule(folder / "noise_schedule.png", args.timesteps)
-        draw_forward_process(folder / "forward_process.png", scheduler, test_images[:4], args.seed)
-    if step < last_step:
-        say(f"training on {device}, from step {step} to {last_step}; each epoch gets a line")
-    while step < last_step or len(history) < step // steps_per_epoch:
-        # What is left of an epoch, as numbers of images, [steps, B]. (Nothing, if the run was
-        # killed after the epoch's last step and before its row in the log.)
-        epoch, start = len(history) + 1, len(history) * steps_per_epoch
-        order = torch.randperm(len(images), generator=generator_for(f"epoch {epoch}", args.seed))
-        batches = order[: steps_per_epoch * batch_size].view(steps_per_epoch, -1).to(device)
-        bar = progress_bar(batches[step - start : last_step - start, share], f"epoch {epoch}")
-        clock = saved_at = time.monotonic()
-        signals.deferred = True
-        for batch in bar:
-            # Draw t, noise, and whose label to drop (`guided_noise` asks the network without one
-            # too). The generator's own seed makes every step repeatable.
-            draw = {"generator": generator_for(f"step {step}", args.seed, device), "device": device}
-            t = torch.randint(args.timesteps, (batch_size,), **draw)[share]
-            noise = torch.randn(batch_size, *model.image_shape, **draw)[share]
-            dropped = torch.rand(batch_size, **draw)[share] < args.label_dropout
-            x_0 = to_model(images[batch])
-            y = labels[batch].masked_fill(dropped, model.no_label) if num_classes else None
-
-            # Predict the noise (in bfloat16 where the GPU has it, for speed).
-            with torch.autocast("cuda" if use_bf16 else "cpu", torch.bfloat16, enabled=use_bf16):
-                loss = training_loss(model, scheduler, x_0, y, t, noise).mean()
-
-            # Learn: one step down the gradient. The learning rate rises over the first steps, then
-            # falls on a line, to 0 at the end of the last epoch.
-            model.zero_grad()
-            loss.backward()
-            loss = loss.detach()
-            average_over_processes([loss, *(weight.grad for weight in model.parameters())])
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
-            lr = args.lr * min(1, (step + 1) / WARMUP_STEPS) * (1 - step / total_steps)
-            for optimizer in optimizers:
-                optimizer.param_groups[0]["lr"] = lr
-                optimizer.step()
-
-            # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model.
-            # That evens out what single batches do to them. Its memory is short at first, so that
-            # the random start is soon forgotten.
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
-            get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
-
-            # Count, and now and then look: nan marks a loss that is bad or has a bad gradient.
-            losses[step - start] = torch.where(grad_norm.isfinite(), loss, torch.nan)
-            step, now = step + 1, time.monotonic()
-            seconds, clock = seconds + now - clock, now
-            if step % CHECK_EVERY == 0:
-                stop_if_not_finite(losses[: step - start], start, path)
-                bar.set_postfix(loss=f"{losses[: step - start].mean():.4f}")
-                if now - saved_at > SAVE_EVERY:
-                    save()
-                    saved_at = now
-            meet = num_processes == 1 or step % CHECK_EVERY == 0  # processes wait for each other
-            if meet and any_process(signals.received, device):
-                break
-
-        # Save first, then look: a signal that comes after this ends the run and loses nothing.
-        bar.close()
-        stop_if_not_finite(losses[: step - start], start, path)
-        save()
-        signals.deferred = num_processes > 1
-        if any_process(signals.received, device):
-            raise KeyboardInterrupt(*signals.received)
-        row = {"epoch": epoch, "step": step, "train_loss": losses[: step - start].mean().item()}
-        if rank == 0:
-            t, errors = held_out_loss(ema, scheduler, test_images, test_labels, args.seed)
-            row |= {"val_loss": errors.mean().item(), "seconds": seconds}
-            write_log(folder / "train_log.csv", [*history, row])
-            draw_loss_curve(folder / "loss_curve.png", [*history, row], t, errors)
-            if epoch % args.sample_every == 0 or step == last_step:
-                grid = sample(ema, scheduler, args.num_samples, None, num_steps, **args.sampler)
-                with not_vital(folder / f"samples_epoch_{epoch}.png") as file:
-                    write_file(file, lambda out: grid_image(grid, num_classes).save(out, "PNG"))
-            losses_said = f"loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}"
-            say(f"epoch {epoch}/{args.epochs}  {losses_said}  {seconds / 60:.1f} min")
-        if step == start + steps_per_epoch:  # else --max-steps cut it short; --resume completes it
-            history.append(row)
-            save()  # with the row, so that a resumed run does not look again
-
-    if rank == 0:
-        with not_vital(folder / "weights.pt") as file:
-            save_checkpoint(file, weights)
-        draw_denoising(folder, ema, scheduler, num_steps, **args.sampler)
-        say(f"done: {step} steps, {seconds / 60:.1f} min of training; all files are in {folder}")
-        say(f"draw more: {command_line('--sample-only', f'--checkpoint={path}')}")
-    any_process(False, device)  # nobody leaves before all are done
-
-
-@torch.no_grad()
-def held_out_loss(
-    model: UNet, scheduler: NoiseScheduler, images: Tensor, labels: Tensor | None, seed: int
-) -> tuple[Tensor, Tensor]:
-    """The loss of images that are never trained on, at the same t and noise every time.
-
-    images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], evenly spaced,
-    and the loss of each image, float32 [N].
-    """
-    generator = generator_for("held-out loss", seed, images.device)
-    t = torch.arange(len(images), device=images.device) * scheduler.num_timesteps // len(images)
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
-    losses = []
-    for i in range(0, len(images), CHUNK):
-        part = slice(i, i + CHUNK)
-        x_0, y = to_model(images[part]), None if labels is None else labels[part]
-        losses.append(training_loss(model, scheduler, x_0, y, t[part], noise[part]))
-    return t, torch.cat(losses)
-
-
-def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator for every purpose: sampling cannot change what training draws next."""
-    return torch.Generator(device).manual_seed(zlib.crc32(f"{purpose}, seed {seed}".encode()))
+    # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model. That
+    # evens out what single batches do to them. Its memory is short at first, so that the random
+    # start is soon forgotten.
+    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    get_ema_multi_avg_fn(decay)(list(learner.ema.parameters()), weights, None)
+    return torch.where(grad_norm.isfinite(), loss, torch.nan)
 
 
 # --- Sampling -------------------------------------------------------------------------------------
 
 SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
 GUIDANCE = 0.1  # strength of classifier-free guidance
-NUM_SAMPLES = 100  # images in a grid, about, so that its rows are full
+NUM_SAMPLES = 100  # images to draw if nobody says how many; a grid has full rows
+CHUNK = 250  # images that are drawn or measured together
 
 
 def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
@@ -354,10 +175,10 @@ def guided_noise(
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), see `training_loss`, and
-    by Bayes' rule grad log q(x_t | label) - grad log q(x_t) = grad log q(label | x_t). So guidance
-    goes farther to where x_t fits its label better. Images get clearer, and more alike; each step
-    costs twice as much.
+    drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), see
+    docs/derivations.md, and by Bayes' rule grad log q(x_t | label) - grad log q(x_t) =
+    grad log q(label | x_t). So guidance goes farther to where x_t fits its label better. Images get
+    clearer, and more alike; each step costs twice as much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -381,12 +202,7 @@ def denoise(
     """The reverse process, from pure noise to images, a step at a time.
 
     With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2 (with x_0_pred clamped, see
-    `NoiseScheduler.step`). Fewer steps are longer jumps by DDIM's formula. Every jump leaves x_t
-    with about the noise that the network knows from training, so it may be asked at any of its T
-    timesteps. What a long jump loses (see `posterior`) is little at large t, where alpha-bar is
-    near 0 and x_0 has little weight, and at small t, where hardly any other image fits. How few
-    steps do in between was found by trial: 25 draw about as well as 50 or 100 here, 10 worse
-    (benchmarks/RESULTS.md).
+    `NoiseScheduler.step`). Fewer steps are longer jumps by DDIM's formula.
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -409,25 +225,6 @@ def denoise(
     yield -1, x_t, x_t
 
 
-def labels_in_turn(
-    num_samples: int, num_classes: int | None, device: torch.device | str = "cpu"
-) -> Tensor | None:
-    """0, 1, 2, ... over and over, int64 [N]; None if there are no classes."""
-    return torch.arange(num_samples, device=device) % num_classes if num_classes else None
-
-
-def columns_for(num_classes: int | None) -> int:
-    """Columns of a grid, about ten or more: each shows one class if labels are in turn."""
-    classes = num_classes or 1
-    return classes * max(1, 10 // classes)
-
-
-def full_rows(about: int, num_classes: int | None) -> int:
-    """How many images fill the rows of a grid: about as many as that."""
-    columns = columns_for(num_classes)
-    return columns * max(1, about // columns)
-
-
 def sample(
     model: UNet,
     scheduler: NoiseScheduler,
@@ -444,473 +241,206 @@ def sample(
     guidance, and draws badly.)
 
     Args:
-        num_samples: how many; as many as labels if those are given, else about 100, in full rows.
+        num_samples: how many; as many as labels if those are given, else 100.
         labels: what to draw, whole numbers from 0 to the model's num_classes - 1.
         num_steps, eta, guidance: see `denoise`.
     """
-    device, classes = scheduler.betas.device, model.num_classes
-    if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples (--num-samples) must be 1 or more, not {num_samples}")
-    if labels is None:
-        num_samples = num_samples or full_rows(NUM_SAMPLES, classes)
-        labels = labels_in_turn(num_samples, classes, device)
-    else:
-        if classes is None:
-            raise ValueError("labels (--labels): this model was trained without labels")
-        labels = labels.numpy(force=True) if isinstance(labels, Tensor) else np.array(labels)
-        labels = labels.reshape(-1)
-        good = len(labels) and labels.dtype.kind in "iu"  # whole numbers, with a sign or without
-        if not good or not np.isin(labels, np.arange(classes)).all():
-            raise ValueError(f"labels (--labels) must be whole numbers from 0 to {classes - 1}")
-        if num_samples not in (None, len(labels)):
-            raise ValueError(
-                f"num_samples (--num-samples) is {num_samples} for {len(labels)} labels"
-            )
-        num_samples = len(labels)
-        labels = torch.from_numpy(labels.astype(np.int64)).to(device)
+    device = scheduler.betas.device
+    num_samples, y = datasets.labels_to_draw(num_samples, labels, model.num_classes, NUM_SAMPLES)
     generator = generator_for("sampling", seed, device)
     images = []
-    for i in progress_bar(range(0, num_samples, CHUNK), "sampling"):
-        size = min(CHUNK, num_samples - i)
-        x_T = torch.randn(size, *model.image_shape, generator=generator, device=device)
-        y = None if labels is None else labels[i : i + size]
-        for _, x_t, _ in denoise(model, scheduler, x_T, y, num_steps, eta, guidance, generator):
+    for i in messages.progress_bar(range(0, num_samples, CHUNK), "sampling"):
+        x_T_shape = (min(CHUNK, num_samples - i), *model.image_shape)
+        x_T = torch.randn(x_T_shape, generator=generator, device=device)
+        some = None if y is None else y[i : i + CHUNK].to(device)
+        for _, x_t, _ in denoise(model, scheduler, x_T, some, num_steps, eta, guidance, generator):
             pass  # to the last, which is x_0
         images.append(to_uint8(x_t))
     return torch.cat(images)
 
 
-# --- Files. (Nothing from here on is needed to understand diffusion.) -----------------------------
-
-IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
-MAX_LABEL = 9999  # every label up to the largest has a row in the network
-CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
-# What a resumed run takes from its checkpoint. KEPT settings may not change (nor may the images: a
-# changed --dataset is another path to them).
-KEPT = "batch_size optimizer timesteps schedule base_channels label_dropout seed".split()
-CHANGEABLE = "dataset data_dir epochs lr sample_every num_samples sample_steps eta guidance".split()
-
-
-@contextlib.contextmanager
-def explained(path: Path, problem: str, remedy: str, kind: type = OSError) -> Iterator[None]:
-    """Whatever goes wrong in this block becomes one sentence that names file, cause and remedy."""
-    try:
-        yield
-    except PermissionError as error:
-        raise kind(f"{path} is not yours to use ({error.strerror}). {remedy}") from None
-    except MemoryError as error:
-        raise OSError(f"there is too little memory for {path} ({one_line(error)})") from None
-    except Exception as error:  # libraries raise anything from KeyError to zlib.error
-        raise kind(f"{path} {problem} ({one_line(error)}). {remedy}") from None
-
-
-def load_images(dataset: str = "MNIST", data_dir: str | Path = HERE / "data") -> list[tuple]:
-    """The training split and the held-out split: images, uint8 [N, C, H, W], and labels, int64 [N].
-
-    Args:
-        dataset: MNIST, FashionMNIST or KMNIST; or an .npz file with an array `images`, uint8
-            [N, H, W] or [N, H, W, 3], and perhaps `labels` (else None), whole numbers from 0; or
-            with the names of MedMNIST (train_images, test_images, ...) or Keras (x_train, ...).
-        data_dir: where the published sets are. What is missing is downloaded.
-    """
-    if dataset not in IDX_SETS:
-        return read_npz(Path(dataset).expanduser())
-    published, folder = getattr(datasets, dataset), Path(data_dir).expanduser() / dataset / "raw"
-    arrays = []
-    for filename, md5 in published.resources:  # images and labels, then those of the held-out split
-        path, unpacked = folder / filename, folder / Path(filename).stem
-        if not path.exists() and not unpacked.exists():
-            download(published.mirrors, path, md5)
-        arrays.append(read_idx(path if path.exists() else unpacked))
-    return matching(folder, [to_tensors(folder, *arrays[:2]), to_tensors(folder, *arrays[2:])])
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """An idx file, packed or not: 0, 0, 8 (for uint8), how many axes, their sizes, the data."""
-    remedy = "Put the published file in its place, or delete it and run again with a network"
-    with explained(path, "is damaged", remedy):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            content = bytearray(file.read())
-        if content[:3] != b"\0\0\x08":
-            raise ValueError("it does not begin like an idx file")
-        shape = np.frombuffer(content, ">u4", content[3], offset=4)
-        return np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
-
-
-def download(mirrors: list[str], path: Path, md5: str) -> None:
-    """Fetch a file from the first of the published addresses that gives the right one."""
-    remedy = "Put the published file there, or name another --data-dir"
-    with explained(path, "is missing, and its folder cannot be written to", remedy):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(dir=path.parent)  # nobody shall meet half a file
-    causes = []
-    with folder:
-        for address in (mirror + path.name for mirror in mirrors):
-            try:
-                datasets.utils.download_url(address, folder.name, path.name, md5)
-                return os.replace(Path(folder.name) / path.name, path)
-            except Exception as error:  # of many kinds, from URLError to RuntimeError
-                causes.append(f"{address}: {one_line(error)}")
-    raise OSError(
-        f"{path} is missing, and no address gave it ({'; '.join(causes)}). Put the published file "
-        "there, run again with a network, or name another --data-dir"
-    )
-
-
-def read_npz(path: Path) -> list[tuple[Tensor, Tensor | None]]:
-    """Both splits of an .npz file; the last 5 % of the images are held out if there is but one."""
-    if not path.is_file():
-        raise FileNotFoundError(f"argument --dataset: there is no file {path}")
-    with explained(path, "cannot be read", "Write it with numpy.savez, from plain arrays"):
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in ("images", "train_images", "x_train") if name in file][:1]
-            names += [name for name in ("test_images", "x_test") if names and name in file][:1]
-            labels = [name.replace("images", "labels").replace("x_", "y_") for name in names]
-            arrays = [(file[x], file[y] if y in file else None) for x, y in zip(names, labels)]
-    if not arrays:
-        raise ValueError(f"{path}: there is no array called images (or train_images, x_train)")
-    splits = [to_tensors(path, *pair) for pair in arrays]
-    if len(splits) == 1:
-        cut = len(splits[0][0]) * 19 // 20
-        if not cut:
-            raise ValueError(f"{path}: there must be at least two images, one of them to hold out")
-        parts = (slice(None, cut), slice(cut, None))
-        splits = [tuple(x if x is None else x[part] for x in splits[0]) for part in parts]
-    return matching(path, splits)
-
-
-def matching(path: Path, splits: list[tuple]) -> list[tuple]:
-    """Both splits, if images to train on and held-out ones are of a kind."""
-    (images, labels), (test_images, test_labels) = splits
-    if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
-        raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
-    if labels is not None:
-        if not torch.isin(test_labels, labels).all():
-            raise ValueError(f"{path}: only held-out images have some label. Shuffle the images")
-        if unused := set(range(int(labels.max()))) - set(labels.tolist()):
-            without = f"no image has the label {min(unused)}, so drawing it will give nonsense"
-            say(f"warning: {path}: {without}. Number labels from 0, without gaps", sys.stderr)
-    return splits
-
-
-def to_tensors(path: Path, images: np.ndarray, labels: np.ndarray | None) -> tuple:
-    """Images, checked, as a view uint8 [N, C, H, W] of the same memory; labels as int64 [N]."""
-    found = f"not {images.dtype} {list(images.shape)}"
-    if images.ndim == 3:
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 1 or 3], {found}")
-    if not images.size or images.shape[1] % 4 or images.shape[2] % 4:
-        problem = "there must be images, and 4 must divide their height and width"
-        raise ValueError(f"{path}: {problem}, {found}. Pad or resize them")
-    if labels is not None:
-        labels = labels.reshape(-1) if labels.shape[1:] == (1,) else labels
-        good = labels.dtype.kind in "iuf" and labels.shape == (len(images),)
-        if not good or not np.isin(labels, np.arange(MAX_LABEL + 1)).all():
-            raise ValueError(
-                f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, one for each image"
-            )
-        labels = torch.from_numpy(labels.astype(np.int64))
-    return torch.from_numpy(images).permute(0, 3, 1, 2), labels
-
-
-def to_arrays(images: Tensor) -> np.ndarray:
-    """The way back, as files hold images: uint8 [N, C, H, W] -> [N, H, W] or [N, H, W, 3]."""
-    array = images.permute(0, 2, 3, 1).cpu().numpy()
-    return array[..., 0] if array.shape[3] == 1 else array
-
-
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file whole or not at all (atomically): beside it, out to the disk, into its place."""
-    # Of this process alone; and cut short, since the name may be as long as names can be.
-    temporary = path.with_name(f"{path.name[:50]}.{os.getpid()}.tmp")
-    remedy = "Make room or name another folder; what was there is untouched"
-    with explained(path, "cannot be written", remedy):
-        content = io.BytesIO()
-        write(content)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            for _ in range(10 if os.name == "nt" else 0):  # a virus scanner may hold the file
-                with contextlib.suppress(PermissionError):
-                    return os.replace(temporary, path)
-                time.sleep(0.1)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def not_vital(path: Path) -> Iterator[Path]:
-    """Pictures and logs never end a run: if one cannot be made or written, one line says so."""
-    try:
-        yield path
-    except Exception as error:
-        say(f"warning: no {path.name}: {one_line(error)}", sys.stderr)
-
-
-def write_log(path: Path, rows: list[dict[str, float]]) -> None:
-    """A table with commas, as spreadsheets read it."""
-    with not_vital(path):
-        names = list(rows[-1])
-        lines = [",".join(names), *(",".join(str(row[name]) for name in names) for row in rows)]
-        write_file(path, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Write a dict of tensors and plain values."""
-    write_file(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read what `save_checkpoint` wrote. A file from a stranger cannot run code."""
-    remedy = "Train first, or name another by --checkpoint or, to resume, --output-dir"
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}. {remedy}")
-    with explained(path, "is damaged or no checkpoint", remedy):
-        with zipfile.ZipFile(path) as file:  # as which a checkpoint is written, with check sums
-            if file.testzip():
-                raise ValueError("a check sum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError("it is of another version of this program")
-    return state
+def generator_for(purpose: str, seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator for every purpose: sampling cannot change what training draws next."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{purpose}, seed {seed}".encode()))
 
 
 def load_model(
-    path: str | Path = HERE / "pretrained.pt", device: torch.device | str = "cpu"
+    path: str | Path = files.REPOSITORY / "pretrained.pt", device: torch.device | str = "cpu"
 ) -> tuple[UNet, NoiseScheduler]:
     """The averaged network in a checkpoint (by default the repository's own), and its schedule."""
     path = Path(path).expanduser()
-    state = load_checkpoint(path)
-    with explained(path, "holds another network than this program's", "Name another one"):
-        scheduler = NoiseScheduler(**state["scheduler"])
-        model = UNet(scheduler, **state["unet"])
-        model.load_state_dict(state["ema"])
-    return model.to(device, memory_format=memory_format(device)).eval(), scheduler.to(device)
+    saved = checkpoints.load_checkpoint(path)
+    with messages.explained(path, "holds another network than this program's", "Name another one"):
+        model, scheduler = build_model(saved["scheduler"], saved["unet"], torch.device(device))
+        model.load_state_dict(saved["ema"])
+    return model.eval(), scheduler
 
 
-def keep_earlier_checkpoint(path: Path) -> None:
-    """Move an earlier run's checkpoint to the first free numbered name: none is overwritten."""
-    if path.exists():
-        names = (path.with_name(f"{path.stem}_{i}{path.suffix}") for i in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        path.rename(kept)
-        say(f"{path} is from an earlier run: kept as {kept.name}")
+def build_model(
+    schedule: Schedule, shape: NetworkShape, device: torch.device
+) -> tuple[UNet, NoiseScheduler]:
+    """A new network and its schedule, on the device."""
+    scheduler = NoiseScheduler(**schedule).to(device)
+    model = UNet(scheduler, **shape).to(device)
+    return model.to(memory_format=devices.memory_format(device)), scheduler
 
 
-# --- Processes, devices, signals, messages --------------------------------------------------------
+# --- The loop of training -------------------------------------------------------------------------
+
+WARMUP_STEPS = 200  # training steps in which the learning rate rises
+CHECK_EVERY = 20  # training steps between two looks at the loss; each makes the CPU wait for a GPU
+SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
 
 
-def torchrun_variables() -> tuple[int, int, int]:
-    """The number of this process, that on this machine, and how many there are; 0, 0, 1 if alone.
+def train(args: argparse.Namespace, device: torch.device, interruption: Interruption) -> None:
+    """The whole run: from the images to the trained network and its pictures.
 
-    torchrun sets all of these variables. One that is left over from elsewhere means nothing.
+    With several processes, each draws what one alone would draw for the whole batch, and works on
+    its share. Gradients are averaged, so the result is that of one process, up to rounding.
     """
-    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
-    values = [os.environ.get(name) for name in names]
-    return tuple(map(int, values[:3])) if all(values) else (0, 0, 1)
+    folder, path = args.output_dir, args.output_dir / "checkpoint.pt"
+    alone = processes.this_process().world_size == 1
+    first = processes.this_process().rank == 0  # it alone draws and speaks
+
+    # Load.
+    data = datasets.load_data(args.dataset, args.data_dir, device, args.label_dropout < 1)
+    if args.batch_size > len(data.images):
+        raise ValueError(f"argument --batch-size: only {len(data.images)} images are to train on")
+    steps_per_epoch = len(data.images) // args.batch_size
+    total_steps = args.epochs * steps_per_epoch
+    last_step = min(total_steps, args.max_steps or total_steps)
+
+    # Build.
+    schedule: Schedule = {"num_timesteps": args.timesteps, "schedule": args.schedule}
+    shape: NetworkShape = {
+        "image_shape": data.image_shape,
+        "base_channels": args.base_channels,
+        "num_classes": data.num_classes,
+    }
+    torch.manual_seed(args.seed)  # for the initial weights; later draws have their own generators
+    model, scheduler = build_model(schedule, shape, device)
+    learner = Learner(model, copy.deepcopy(model).eval(), make_optimizers(model, args.optimizer))
+    weights: Checkpoint = {"scheduler": schedule, "unet": shape, "ema": learner.ema.state_dict()}
+    kept: Checkpoint = {**weights, "settings": args.settings, "check_sums": data.check_sums}
+    run = Run(path, kept, torch.zeros(steps_per_epoch, device=device))
+
+    # Resume, or save at once, so that a run can be resumed whenever it is interrupted.
+    if args.resume:
+        run.resume(args.saved, learner.load_state)
+    else:
+        run.begin(learner.state())
+    interruption.resumable = True
+    if first:
+        draw_noise_schedule(folder / "noise_schedule.png", args.timesteps)
+        few = data.held_out_images[:4]
+        draw_forward_process(folder / "forward_process.png", scheduler, few, args.seed)
+        run.say_what_comes(last_step, device)
+
+    # Train. (A run that was killed before it looked at a complete epoch has that still to do.)
+    while run.step < last_step or run.epoch_is_complete:
+        new_order = generator_for(f"epoch {run.epoch}", args.seed)
+        order = torch.randperm(len(data.images), generator=new_order).to(device)
+        batches = order[: steps_per_epoch * args.batch_size].view(steps_per_epoch, -1)
+        left = batches[run.step - run.start : last_step - run.start]  # of this epoch
+        bar = messages.progress_bar(list(left), f"epoch {run.epoch}", first)
+        interruption.deferred = True
+        run.start_clock()
+        for batch in bar:
+            # The learning rate rises over the first steps, then falls on a line, to 0 at the end.
+            lr = args.lr * min(1, (run.step + 1) / WARMUP_STEPS) * (1 - run.step / total_steps)
+            labels = None if data.labels is None else data.labels[batch]
+            draws = generator_for(f"step {run.step}", args.seed, device)
+            inputs = data.images[batch], labels, run.step, lr, args.label_dropout, draws
+            run.count(training_step(learner, scheduler, *inputs))
+
+            if run.step % CHECK_EVERY == 0:
+                run.stop_if_not_finite()
+                bar.set_postfix(loss=f"{run.mean_loss():.4f}")
+                if run.clock - run.saved_at > SAVE_EVERY:
+                    run.save(learner.state())
+            meet = alone or run.step % CHECK_EVERY == 0  # processes wait for each other
+            if meet and processes.any_process(interruption.received, device):
+                break
+        bar.close()
+
+        # Save first, then look: an interruption after this ends the run and loses nothing.
+        run.stop_if_not_finite()
+        run.save(learner.state())
+        interruption.deferred = not alone
+        if processes.any_process(interruption.received, device):
+            raise KeyboardInterrupt(*interruption.received)
+        row = look(args, data, learner.ema, scheduler, run, last_step) if first else {}
+        if run.epoch_is_complete:  # else --max-steps cut it short; --resume completes it
+            run.history.append(row)
+            run.save(learner.state())  # with the row, so that a resumed run does not look again
+
+    if first:
+        with messages.not_vital(folder / "weights.pt") as file:
+            checkpoints.save_checkpoint(file, weights)
+        draw_denoising(folder, learner.ema, scheduler, args)
+        minutes = f"{run.seconds / 60:.1f} min of training"
+        say(f"done: {run.step} steps, {minutes}; all files are in {folder}")
+        more = options.command_line(SCRIPT, "--sample-only", f"--checkpoint={path}")
+        say(f"draw more: {more}")
+    processes.any_process(False, device)  # nobody leaves before all are done
 
 
-def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of all processes' tensors, put in its place. All of them wait here for the last."""
-    if torchrun_variables()[2] > 1:
-        # Kept until the next one: if a thread of gloo's were the last to hold it, that thread would
-        # need Python to free it, for which it may wait for ever at the end of the program.
-        sum_over_processes.kept = tensor
-        try:
-            dist.all_reduce(tensor)
-        except RuntimeError as error:  # mostly: the connection is closed
-            cause = one_line(error).partition(". ")[0]
-            raise OSError(f"another process cannot be reached; see its words ({cause})") from None
-    return tensor
+def look(
+    args: argparse.Namespace,
+    data: datasets.Data,
+    ema: UNet,
+    scheduler: NoiseScheduler,
+    run: Run,
+    last_step: int,
+) -> dict[str, float]:
+    """After an epoch: the held-out loss, the log and its curve, now and then a grid. Its row."""
+    folder, classes = args.output_dir, data.num_classes
+    held_out = data.held_out_images, data.held_out_labels
+    t, errors = held_out_loss(ema, scheduler, *held_out, args.seed)
+    row: dict[str, float] = {"epoch": run.epoch, "step": run.step, "train_loss": run.mean_loss()}
+    row |= {"val_loss": errors.mean().item(), "seconds": run.seconds}
+    files.write_log(folder / "train_log.csv", [*run.history, row])
+    pictures.draw_loss_curve(folder / "loss_curve.png", [*run.history, row], t, errors)
+    if run.epoch % args.sample_every == 0 or run.step == last_step:
+        num_samples = args.num_samples or pictures.full_rows(NUM_SAMPLES, classes)
+        images = sample(ema, scheduler, num_samples, **args.sampler)
+        pictures.draw_grid(folder / f"samples_epoch_{run.epoch}.png", images, classes)
+    losses = f"loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}"
+    say(f"epoch {run.epoch}/{args.epochs}  {losses}  {run.seconds / 60:.1f} min")
+    return row
 
 
-def average_over_processes(tensors: list[Tensor]) -> None:
-    """Replace each tensor by its mean over all processes, in one message for all of them."""
-    num_processes = torchrun_variables()[2]
-    if num_processes > 1:
-        means = sum_over_processes(torch.cat([x.flatten() for x in tensors])) / num_processes
-        for tensor, mean in zip(tensors, means.split([x.numel() for x in tensors])):
-            tensor.copy_(mean.view(tensor.shape))
+@torch.no_grad()
+def held_out_loss(
+    model: UNet, scheduler: NoiseScheduler, images: Tensor, labels: Tensor | None, seed: int
+) -> tuple[Tensor, Tensor]:
+    """The loss of images that are never trained on, at the same t and noise every time.
 
-
-def any_process(flag: object, device: torch.device) -> bool:
-    """Whether `flag` is true in any process."""
-    if torchrun_variables()[2] == 1:  # and no GPU has to wait
-        return bool(flag)
-    return bool(sum_over_processes(torch.tensor(float(bool(flag)), device=device)))
-
-
-def choose_device(name: str = "auto") -> torch.device:
-    """The device of that name, tried out. "auto" is an NVIDIA GPU, else Apple's, else the CPU."""
-    _, local_rank, num_processes = torchrun_variables()
-    mps = torch.backends.mps.is_available() and num_processes == 1
-    auto = ["cuda"] * torch.cuda.is_available() + ["mps"] * mps + ["cpu"]
-    for candidate in auto if name == "auto" else [name]:
-        try:
-            device = torch.device(f"cuda:{local_rank}" if candidate == "cuda" else candidate)
-            if candidate not in ("cuda", "cpu") and num_processes > 1:
-                raise ValueError("it serves one process alone")
-            x = torch.ones(1, 1, 3, 3, device=device)
-            F.conv2d(x, x).item()  # a GPU may be too old for this PyTorch, taken, or broken
-            if device.type == "cuda":
-                torch.cuda.set_device(device)
-            return device
-        except Exception as error:  # of many kinds
-            problem = f"argument --device: {candidate} cannot be used ({one_line(error)})"
-            if candidate in (name, "cpu") or num_processes > 1:  # each process needs its own
-                raise ValueError(f"{problem}. Try --device cpu") from None
-            say(f"{problem}; trying the next", sys.stderr)
-
-
-def memory_format(device: torch.device | str) -> torch.memory_format:
-    """Channels last is faster on CPUs and NVIDIA's GPUs; on Apple's it has had bugs."""
-    return torch.preserve_format if "mps" in str(device) else torch.channels_last
-
-
-@contextlib.contextmanager
-def heard_signals() -> Iterator[SimpleNamespace]:
-    """SIGINT (Ctrl-C), SIGTERM and the like in this block; yields what `train` needs of them.
-
-    While `deferred`, a signal is only noted in `received`, so that the loop can end its step and
-    save. A second one, or one at another time, raises KeyboardInterrupt. Several processes go on
-    deferring, since they have to leave together and torchrun repeats the signal.
+    images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], evenly spaced,
+    and the loss of each image, float32 [N].
     """
-    signals = SimpleNamespace(received=[], deferred=False)
-    # Windows has no hangup, but a Ctrl-Break.
-    hangup, ctrl_break = (getattr(signal, name, None) for name in ("SIGHUP", "SIGBREAK"))
-
-    def handle(signum: int, frame: object) -> None:
-        signals.received.append(signum)
-        again = len(signals.received) > 1 and torchrun_variables()[2] == 1
-        if not signals.deferred or (again and signum != hangup):  # a terminal sends it twice
-            raise KeyboardInterrupt(signum)
-
-    heard = [signal.SIGINT, signal.SIGTERM, ctrl_break]
-    if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup does
-        heard.append(hangup)
-    in_main = threading.current_thread() is threading.main_thread()  # else no handler may be set
-    before = {signum: signal.signal(signum, handle) for signum in heard if signum and in_main}
-    try:
-        yield signals
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler or signal.SIG_DFL)  # None: it was not set by Python
+    generator = generator_for("held-out loss", seed, images.device)
+    t = torch.arange(len(images), device=images.device) * scheduler.num_timesteps // len(images)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    losses = []
+    for i in range(0, len(images), CHUNK):
+        part = slice(i, i + CHUNK)
+        x_0, y = to_model(images[part]), None if labels is None else labels[part]
+        losses.append(training_loss(model, scheduler, x_0, y, t[part], noise[part]))
+    return t, torch.cat(losses)
 
 
-def stop_if_not_finite(losses: Tensor, first_step: int, path: Path) -> None:
-    """End the run at a loss that is infinite or no number: nothing is learned after that."""
-    bad = (~losses.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        problem = f"the loss is not finite at step {first_step + bad[0] + 1}. Try a lower --lr"
-        raise ArithmeticError(f"{problem}. {path} holds the last good state")
-
-
-def say(message: str, stream: TextIO | None = None) -> None:
-    """Print a line at once. A full disk, a closed pipe or a missing letter never ends a run."""
-    if stream is None and torchrun_variables()[0] > 0:
-        return  # the first process speaks for all, except of errors
-    stream = stream or sys.stdout
-    try:
-        encoding = getattr(stream, "encoding", None) or "utf-8"
-        message = message.encode(encoding, "backslashreplace").decode(encoding)
-        print(message, file=stream, flush=True)
-    except Exception:  # of many kinds: a notebook or a logger may have put anything in its place
-        # Else what is left in the stream would fail again at exit.
-        with contextlib.suppress(Exception), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def one_line(error: Exception) -> str:
-    """What an exception says, in one line that is not too long."""
-    text = getattr(error, "strerror", None) or str(error)
-    return textwrap.shorten(text, 300).rstrip(".:") or type(error).__name__
-
-
-def progress_bar(items: Sequence, title: str) -> tqdm:
-    """The items, with a bar in the first process; with none where there is no terminal."""
-    hidden = True if torchrun_variables()[0] > 0 or not sys.stderr else None
-    return tqdm(items, desc=title, leave=False, disable=hidden)
-
-
-def command_line(*options: object) -> str:
-    """What to type to call this program again, as this system's shell reads it."""
-    num_processes = torchrun_variables()[2]
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
-    script = sys.argv[0] if __name__ == "__main__" else __file__
-    words = [sys.executable, *(launcher if num_processes > 1 else []), script, *map(str, options)]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
-
-
-# --- Pictures -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
-    """A figure of so many inches to draw on, with matplotlib's own settings; a PNG in the end."""
-    with not_vital(path), matplotlib.style.context("default"):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        yield figure
-        write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
-
-
-def draw_images(
-    path: Path, images: Tensor, rows: Sequence[str], columns: Sequence[str], title: str
-) -> None:
-    """Draw uint8 images [rows, columns, C, H, W] with a label for every row and column."""
-    height, width = images.shape[-2:]
-    grid = make_grid(images.flatten(0, 1), nrow=len(columns), padding=2)
-    with figure_at(path, 1.5 + 0.85 * len(columns), 1.2 + 0.85 * len(rows)) as figure:
-        axes = figure.subplots()
-        axes.imshow(grid.permute(1, 2, 0).cpu().numpy())
-        axes.set_xticks([2 + width / 2 + i * (width + 2) for i in range(len(columns))], columns)
-        axes.set_yticks([2 + height / 2 + i * (height + 2) for i in range(len(rows))], rows)
-        axes.tick_params(length=0)
-        axes.spines[:].set_visible(False)
-        axes.set_title(title)
-
-
-def grid_image(images: Tensor, num_classes: int | None) -> Image.Image:
-    """uint8 images [N, C, H, W] as one picture, each column of one class."""
-    grid = make_grid(images.cpu(), nrow=columns_for(num_classes), padding=2)
-    return Image.fromarray(grid.permute(1, 2, 0).numpy())
-
-
-def draw_loss_curve(path: Path, rows: list[dict[str, float]], t: Tensor, losses: Tensor) -> None:
-    """Loss by epoch, from the log, and by timestep: a dot for each held-out image's t and loss."""
-    with figure_at(path, 11, 4) as figure:
-        by_epoch, by_timestep = figure.subplots(1, 2)
-        epochs = [row["epoch"] for row in rows]
-        for key, label in (("train_loss", "training"), ("val_loss", "held-out, averaged weights")):
-            by_epoch.plot(epochs, [row[key] for row in rows], marker="o", label=label)
-        by_epoch.set(xlabel="epoch", title="Loss")
-        by_epoch.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
-        by_epoch.legend()
-        by_timestep.scatter(t.cpu(), losses.cpu(), s=4)
-        by_timestep.set(xlabel="timestep t", title=f"Held-out loss by t, after epoch {epochs[-1]}")
-        for axes in (by_epoch, by_timestep):
-            axes.set(ylabel="mean squared error of the predicted noise", yscale="log")
+# --- Pictures of both processes. (support/pictures.py draws; here is what they show.) -------------
 
 
 def draw_noise_schedule(path: Path, num_timesteps: int) -> None:
     """alpha-bar, beta and the signal-to-noise ratio over t, for both schedules."""
-    with figure_at(path, 13, 3.6) as figure:
-        panels = figure.subplots(1, 3)
-        for schedule in ("cosine", "linear"):
-            scheduler = NoiseScheduler(num_timesteps, schedule)
-            alpha_bar = scheduler.alphas_cumprod
-            curves = (alpha_bar, scheduler.betas, (alpha_bar / (1 - alpha_bar)).log10())
-            for axes, curve in zip(panels, curves):
-                axes.plot(curve.numpy(), label=schedule)
-                axes.set_xlabel("timestep t")
-        panels[0].set(title="signal left: alpha-bar", ylabel="weight of x_0 in x_t, squared")
-        panels[1].set(title="noise per step: beta", ylabel="variance added", yscale="log")
-        panels[2].set(title="signal-to-noise ratio", ylabel="log10(alpha-bar / (1 - alpha-bar))")
-        panels[0].legend()
+    curves: dict[str, Sequence[Tensor]] = {}
+    for schedule in ("cosine", "linear"):
+        scheduler = NoiseScheduler(num_timesteps, schedule)
+        alpha_bar = scheduler.alphas_cumprod
+        curves[schedule] = (alpha_bar, scheduler.betas, torch.log10(alpha_bar / (1 - alpha_bar)))
+    pictures.draw_noise_schedule(path, curves)
 
 
 def draw_forward_process(path: Path, scheduler: NoiseScheduler, images: Tensor, seed: int) -> None:
@@ -923,101 +453,58 @@ def draw_forward_process(path: Path, scheduler: NoiseScheduler, images: Tensor, 
     snr = (scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod))[timesteps].tolist()
     labels = ["x_0", *(f"t = {t}\nSNR {ratio:.2g}" for t, ratio in zip(timesteps, snr))]
     title = "Forward process: x_t = sqrt(alpha-bar) x_0 + sqrt(1 - alpha-bar) noise"
-    draw_images(path, torch.stack(columns, dim=1), [""] * len(images), labels, title)
+    pictures.draw_images(path, torch.stack(columns, dim=1), [""] * len(images), labels, title)
 
 
 def draw_denoising(
-    folder: Path,
-    model: UNet,
-    scheduler: NoiseScheduler,
-    num_steps: int,
-    eta: float,
-    guidance: float,
-    seed: int,
+    folder: Path, model: UNet, scheduler: NoiseScheduler, args: argparse.Namespace
 ) -> None:
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
-    device = scheduler.betas.device
-    generator = generator_for("denoising pictures", seed, device)
-    num_images = min(full_rows(40, model.num_classes), CHUNK)
+    device, classes = scheduler.betas.device, model.num_classes
+    generator = generator_for("denoising pictures", args.seed, device)
+    num_images = min(pictures.full_rows(40, classes), CHUNK)
     x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
-    labels = labels_in_turn(num_images, model.num_classes, device)
-    steps = denoise(model, scheduler, x_T, labels, num_steps, eta, guidance, generator)
+    _, labels = datasets.labels_to_draw(None, None, classes, num_images)
+    labels = labels if labels is None else labels.to(device)
+    how = args.sampler["num_steps"], args.eta, args.guidance, generator
+    steps = denoise(model, scheduler, x_T, labels, *how)
     way = [(t, to_uint8(x_t).cpu(), to_uint8(x_0_pred).cpu()) for t, x_t, x_0_pred in steps]
     shown = [way[round(i * (len(way) - 1) / 10)] for i in range(11)]
     pairs = [torch.stack([x_t[:4], x_0_pred[:4]], 1).flatten(0, 1) for _, x_t, x_0_pred in shown]
     columns = [f"t = {t}" if t >= 0 else "result" for t, _, _ in shown]
     rows, title = ["x_t", "predicted x_0"] * 4, f"Reverse process, in {len(way) - 1} steps"
-    draw_images(folder / "denoising.png", torch.stack(pairs, dim=1), rows, columns, title)
-    with not_vital(folder / "denoising.gif"):
-        frames = []
-        for _, x_t, _ in way[:: -math.ceil(len(way) / 50)]:  # at most 50, the result among them
-            frame = grid_image(x_t // 16 * 17, model.num_classes)  # 16 grays, for a smaller file
-            frames.insert(0, ImageOps.scale(frame, 2, Image.Resampling.NEAREST))
-        times = [80] * (len(frames) - 1) + [2500]  # milliseconds
-        gif = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
-        write_file(folder / "denoising.gif", lambda file: frames[0].save(file, "GIF", **gif))
+    images, path = torch.stack(pairs, dim=1), folder / "denoising.png"
+    pictures.draw_images(path, images, rows, columns, title)
+    pictures.draw_gif(folder / "denoising.gif", [x_t for _, x_t, _ in way], classes)
 
 
 # --- The command line -----------------------------------------------------------------------------
 
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is an exception and no exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help explains every option)")
+SCRIPT = sys.argv[0] if __name__ == "__main__" else __file__  # as it is called again
 
 
-def number(kind: type, low: float, high: float) -> Callable[[str], float]:
-    """An option's type: a number from low to high, a whole one if kind is int."""
-
-    def parse(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
-        noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"must be a {noun} from {low:g} to {high:g}, not {text}")
-
-    return parse
-
-
-def home_path(text: str) -> Path:
-    """An option's type: a path, in which ~ stands for the home folder."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise argparse.ArgumentTypeError(f"there is no home folder for {text}") from None
-
-
-def absolute_path(text: str) -> str:
-    """An option's type: a path that stays right in another folder."""
-    return os.path.abspath(home_path(text))
-
-
-def source(text: str) -> str:
-    """An option's type: a published set, or the path of a file."""
-    return text if text in IDX_SETS else absolute_path(text)
-
-
-def make_parser() -> Parser:
+def make_parser() -> options.Parser:
+    """The options with their defaults."""
     commands, _, _ = (__doc__ or "").partition("or, from Python")  # python -OO drops it
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=commands, formatter_class=formatter, allow_abbrev=False)
-    count = number(int, 1, 10**6)
+    parser = options.Parser(description=commands, formatter_class=formatter, allow_abbrev=False)
+    count, share = options.number(int, 1, 10**6), options.number(float, 0, 1)
 
     add = parser.add_argument_group("training").add_argument
-    sets = f"{', '.join(IDX_SETS)}, or an .npz file (%(default)s)"
-    add("--dataset", type=source, default="MNIST", help=sets)
+    sets = f"{', '.join(datasets.IDX_SETS)}, or an .npz file (%(default)s)"
+    add("--dataset", type=options.source, default="MNIST", help=sets)
     add("--epochs", type=count, default=10, help="passes over the images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images a step, in all (%(default)s)")
     add("--optimizer", choices=list(LEARNING_RATES), default="muon", help="(%(default)s)")
-    add("--lr", type=number(float, 1e-9, 1e9), help=f"highest learning rate ({LEARNING_RATES})")
-    add("--timesteps", type=number(int, 2, 10**5), default=1000, help="T (%(default)s)")
+    highest = f"highest learning rate ({LEARNING_RATES})"
+    add("--lr", type=options.number(float, 1e-9, 1e9), help=highest)
+    add("--timesteps", type=options.number(int, 2, 10**5), default=1000, help="T (%(default)s)")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="(%(default)s)")
-    width = f"width, a multiple of {NORM_GROUPS} (%(default)s)"
-    add("--base-channels", type=count, default=32, help=width)
+    width = options.number(int, NORM_GROUPS, 10**6, step=NORM_GROUPS)
+    multiple = f"width, a multiple of {NORM_GROUPS} (%(default)s)"
+    add("--base-channels", type=width, default=32, help=multiple)
     dropout = "share of labels to drop, for guidance; 1: all, for a plain model (%(default)s)"
-    add("--label-dropout", type=number(float, 1e-3, 1), default=0.1, help=dropout)
+    add("--label-dropout", type=options.number(float, 1e-3, 1), default=0.1, help=dropout)
     add("--max-steps", type=count, metavar="N", help="end early, after N steps in all")
     add("--resume", action="store_true", help="go on with OUTPUT_DIR/checkpoint.pt as it was")
 
@@ -1026,85 +513,41 @@ def make_parser() -> Parser:
     add("--num-samples", type=count, help=f"images to draw (about {NUM_SAMPLES}: full rows)")
     steps = "steps to an image, at most T (%(default)s)"
     add("--sample-steps", type=count, default=SAMPLE_STEPS, help=steps)
-    add("--eta", type=number(float, 0, 1), default=1.0, help="0: DDIM, 1: DDPM (%(default)s)")
+    add("--eta", type=share, default=1.0, help="0: DDIM, 1: DDPM (%(default)s)")
     guidance = "strength of classifier-free guidance, 0: off (%(default)s)"
-    add("--guidance", type=number(float, 0, 1e3), default=GUIDANCE, help=guidance)
+    add("--guidance", type=options.number(float, 0, 1e3), default=GUIDANCE, help=guidance)
     add("--sample-only", action="store_true", help="no training: draw with a trained network")
     labels = "what to draw, with --sample-only (every class in turn)"
-    add("--labels", type=number(int, 0, MAX_LABEL), nargs="+", help=labels)
+    label = options.number(int, 0, datasets.MAX_LABEL)
+    add("--labels", type=label, nargs="+", help=labels)
     checkpoint = "with --sample-only (OUTPUT_DIR/checkpoint.pt, else pretrained.pt)"
-    add("--checkpoint", type=home_path, help=checkpoint)
+    add("--checkpoint", type=options.home_path, help=checkpoint)
     output = "with --sample-only: .png, .npy or .npz (OUTPUT_DIR/samples.png)"
-    add("--output", type=home_path, help=output)
+    add("--output", type=options.home_path, help=output)
 
     add = parser.add_argument_group("where and how").add_argument
-    add("--data-dir", type=absolute_path, help="of the published sets (data, beside this file)")
-    add("--output-dir", type=home_path, default=Path(), help="for what a run writes (%(default)s)")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (%(default)s)")
+    data_dir = "of the published sets (data, beside this file)"
+    add("--data-dir", type=options.absolute_path, help=data_dir)
+    output_dir = "for what a run writes (%(default)s)"
+    add("--output-dir", type=options.home_path, default=Path(), help=output_dir)
+    seed = options.number(int, 0, 2**63 - 1)
+    add("--seed", type=seed, default=0, help="of all draws (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
-
-
-def parse_options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options, checked against each other. A resumed run has its checkpoint's for defaults."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume and args.sample_only:
-        parser.error("--sample-only and --resume exclude each other")
-    if args.resume:
-        path = args.output_dir / "checkpoint.pt"
-        saved = load_checkpoint(path)
-        if "settings" not in saved:
-            raise ValueError(f"--resume: {path} holds weights to draw with, not a run")
-        settings = saved["settings"]
-        parser.set_defaults(saved=saved, **settings)
-        args = parser.parse_args(argv)  # what was typed wins, where it may
-        for name, old in settings.items():
-            new, option = getattr(args, name), f"--{name.replace('_', '-')}"
-            if name in KEPT and new != old:
-                parser.error(f"argument {option}: the run in {path} has {old}, not {new}")
-            if name == "epochs" and new < old:
-                parser.error(f"argument --epochs: the run in {path} has {old}; {new} are fewer")
-            if new != old:
-                say(f"resuming with {option} {new} (was {old})")
-
-    args.lr = args.lr or LEARNING_RATES[args.optimizer]
-    args.sampler = {"eta": args.eta, "guidance": args.guidance, "seed": args.seed}
-    num_processes = torchrun_variables()[2]
-    if args.dataset not in IDX_SETS and not args.dataset.endswith(".npz"):
-        parser.error(f"argument --dataset: must be {', '.join(IDX_SETS)} or an .npz file")
-    if args.base_channels % NORM_GROUPS:
-        parser.error(f"argument --base-channels: must be a multiple of {NORM_GROUPS}")
-    if args.batch_size % num_processes:
-        parser.error(f"argument --batch-size: must divide among {num_processes} processes")
-    if not args.sample_only and (args.labels or args.checkpoint or args.output):
-        parser.error("--labels, --checkpoint and --output need --sample-only")
-    args.output = args.output or args.output_dir / "samples.png"
-    directory = args.sample_only and args.output.is_dir()
-    if args.output.suffix.lower() not in (".png", ".npy", ".npz") or directory:
-        parser.error(f"argument --output: must be a .png, .npy or .npz file, not {args.output}")
-    return args
 
 
 def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     """Load a checkpoint, draw, and write --output."""
     own = args.output_dir / "checkpoint.pt"
-    path = args.checkpoint or (own if own.exists() else HERE / "pretrained.pt")
+    path = args.checkpoint or (own if own.exists() else files.REPOSITORY / "pretrained.pt")
     model, scheduler = load_model(path, device)
-    started = time.monotonic()
-    num_steps = min(args.sample_steps, scheduler.num_timesteps)
-    images = sample(model, scheduler, args.num_samples, args.labels, num_steps, **args.sampler)
+    started, classes = time.monotonic(), model.num_classes
+    sampler = args.sampler | {"num_steps": min(args.sample_steps, scheduler.num_timesteps)}
+    grid = pictures.full_rows(NUM_SAMPLES, classes)
+    num_samples, labels = datasets.labels_to_draw(args.num_samples, args.labels, classes, grid)
+    images = sample(model, scheduler, num_samples, labels, **sampler)
     seconds = time.monotonic() - started
-    arrays = {"images": to_arrays(images)}
-    if model.num_classes:
-        in_turn = labels_in_turn(len(images), model.num_classes).tolist()
-        arrays["labels"] = np.array(args.labels or in_turn)
-    writers = {
-        ".png": lambda file: grid_image(images, model.num_classes).save(file, "PNG"),
-        ".npy": lambda file: np.save(file, arrays["images"]),
-        ".npz": lambda file: np.savez_compressed(file, **arrays),
-    }
-    write_file(args.output, writers[args.output.suffix.lower()])
+    pictures.write_images(args.output, images, labels, classes)
     say(f"drew {len(images)} images with {path} in {seconds:.1f} s: {args.output}")
 
 
@@ -1114,106 +557,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises ValueError or FileNotFoundError for what was asked, OSError or ArithmeticError for what
     broke, each with a sentence for the user; KeyboardInterrupt(signal number) when interrupted.
     """
-    args = parse_options(argv)
-    device = choose_device(args.device)
-    rank, _, num_processes = torchrun_variables()
-    folder = args.output.parent if args.sample_only else args.output_dir
-    remedy = "Choose another --output-dir or --output"
-    with explained(folder, "cannot be written to", remedy, ValueError):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    together = num_processes > 1 and not args.sample_only
-    if together:  # the first alone draws pictures, for which the others may have to wait long
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
-    with heard_signals() as signals:
-        signals.resumable = args.resume  # a new run is, once it has saved
+    args = options.parse_options(make_parser(), argv)
+    device = devices.choose_device(args.device)
+    first = processes.this_process().rank == 0
+    files.make_writable(args.output.parent if args.sample_only else args.output_dir)
+    remedy = "Try a lower --batch-size or --base-channels, or smaller images"
+    if args.resume or args.sample_only:  # which keep to their sizes
+        remedy = "Try --device cpu, or close other programs"
+    with processes.joined(device, args.sample_only), heard_interruptions() as interruption:
+        interruption.resumable = args.resume  # a new run is, once it has saved
         try:
-            if not args.sample_only:
-                train(args, device, signals)
-            elif rank == 0:
-                sample_only(args, device)
-        except (RuntimeError, MemoryError) as error:
-            text = one_line(error)
-            known = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-            if isinstance(error, RuntimeError) and not any(words in text for words in known):
-                raise
-            remedy = "Try --device cpu, or close other programs"
-            if not args.resume and not args.sample_only:  # which keep to their sizes
-                remedy = "Try a lower --batch-size or --base-channels, or smaller images"
-            raise OSError(f"there is too little memory ({text}). {remedy}") from None
+            with messages.memory_explained(remedy):
+                if not args.sample_only:
+                    train(args, device, interruption)
+                elif first:
+                    sample_only(args, device)
         except KeyboardInterrupt:
-            options = ["--resume", f"--output-dir={folder}", f"--device={args.device}"]
-            options += [f"--max-steps={args.max_steps}"] if args.max_steps else []
-            how = f"; go on with: {command_line(*options)}" if signals.resumable else ""
-            if rank == 0:
-                say(f"interrupted{how}", sys.stderr)
+            how = f"; go on with: {options.resume_command(SCRIPT, args)}"
+            say(f"interrupted{how if interruption.resumable else ''}", sys.stderr, aloud=first)
             raise
-        finally:  # but after an error the others may still wait, and closing would wait for them
-            if together and not isinstance(sys.exception(), Exception):
-                dist.destroy_process_group()
-
-
-# --- The optimizer. (It is no part of diffusion: Algorithm 1 says "take gradient descent step on".)
-
-
-def make_optimizers(model: UNet, name: str) -> list[torch.optim.Optimizer]:
-    """Adam for all weights, or Muon for the convolutions' and Adam for the rest."""
-    kernels = [weight for weight in model.parameters() if weight.ndim == 4 and name == "muon"]
-    others = [weight for weight in model.parameters() if weight.ndim < 4 or name == "adam"]
-    return [torch.optim.Adam(others), *([Muon(kernels)] if kernels else [])]
-
-
-def orthogonalize(matrix: Tensor) -> Tensor:
-    """About U V^T for a matrix U S V^T (its singular value decomposition).
-
-    Divided by its norm, a matrix X has singular values from 0 to 1. The odd polynomial a X +
-    b (X X^T) X + c (X X^T)^2 X turns each of them, s, into a s + b s^3 + c s^5. Five rounds bring
-    all but the smallest to 0.7 ... 1.2 (Newton-Schulz; coefficients from Jordan et al. 2024,
-    https://kellerjordan.github.io/posts/muon).
-    """
-    if matrix.shape[0] > matrix.shape[1]:
-        return orthogonalize(matrix.T).T  # X X^T is then the smaller of the two products
-    x = matrix / (matrix.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose every step is orthogonalized (Jordan et al. 2024), for convolutions.
-
-    A weight [out, in, k, k] is taken as the matrix [out, in * k * k]. Its step goes about equally
-    far in all directions of the matrix, and not mostly along the few that dominate the gradient. It
-    is about as large as Adam's, 0.2 by root mean square, so that one learning rate serves both (Liu
-    et al. 2025, arXiv:2502.16982, eq. 4). torch.optim.Muon takes matrices alone and calculates in
-    bfloat16, which most CPUs have to emulate.
-    """
-
-    def __init__(self, params: list[Tensor], lr: float = 0.005, momentum: float = 0.95) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["average"] = torch.zeros_like(weight)
-                average = state["average"].lerp_(weight.grad, 1 - group["momentum"])
-                ahead = weight.grad.lerp(average, group["momentum"])  # Nesterov's momentum
-                matrix = ahead.flatten(1)  # [out, in, k, k] -> [out, in * k * k]
-                size = 0.2 * math.sqrt(max(matrix.shape))
-                weight.sub_(orthogonalize(matrix).view_as(weight), alpha=group["lr"] * size)
 
 
 if __name__ == "__main__":
-    socket.setdefaulttimeout(60)  # seconds; else a download waits for a silent server for ever
-    try:
+    with messages.exit_status("train_diffusion.py"):
         main()
-    except KeyboardInterrupt as interrupt:
-        sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
-    except (ValueError, OSError, ArithmeticError) as error:
-        say(f"train_diffusion.py: error: {error}", sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)

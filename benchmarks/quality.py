@@ -26,13 +26,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_diffusion
+from support.datasets import Split, to_tensors
 
 CACHE = Path(__file__).resolve().parent / "cache" / "classifier.pt"
 SURE = 0.99  # a digit is legible if the classifier gives one class at least this probability
@@ -44,7 +44,9 @@ IMAGE_SHAPE = (1, 28, 28)
 @functools.cache
 def mnist() -> list[tuple[Tensor, Tensor]]:
     """Training and test split: images, uint8 [N, 1, 28, 28], and labels, int64 [N]."""
-    return train_diffusion.load_images("MNIST")
+    (images, labels), (test_images, test_labels) = train_diffusion.load_images("MNIST")
+    assert labels is not None and test_labels is not None
+    return [(images, labels), (test_images, test_labels)]
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -142,10 +144,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     The trace of the square root is the sum of the square roots of the eigenvalues; this works for
     singular C_a and C_b too.
     """
-    a, b = a.double().numpy(), b.double().numpy()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    trace_of_root = np.sqrt(scipy.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
-    mean_part = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    points_a, points_b = a.double().numpy(), b.double().numpy()
+    cov_a, cov_b = np.cov(points_a, rowvar=False), np.cov(points_b, rowvar=False)
+    trace_of_root = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)).sum()
+    mean_part = ((points_a.mean(0) - points_b.mean(0)) ** 2).sum()
     return float(mean_part + np.trace(cov_a + cov_b) - 2 * trace_of_root)
 
 
@@ -249,32 +251,33 @@ class Judge:
 # --- The samples ----------------------------------------------------------------------------------
 
 
-def read_samples(path: Path) -> tuple[Tensor, Tensor | None]:
+def read_samples(path: Path) -> Split:
     """The images in an .npz or .npy file, uint8 [N, 1, 28, 28]; labels, int64 [N], or None."""
     content = np.load(path, allow_pickle=False)
     if path.suffix == ".npy":
-        return train_diffusion.to_tensors(path, content, None)
+        return to_tensors(path, content, None)
     if "images" not in content:
         raise ValueError(f"{path}: there is no array called images")
     labels = content.get("labels")
-    return train_diffusion.to_tensors(path, content["images"], labels)
+    return to_tensors(path, content["images"], labels)
 
 
-def draw_samples(path: Path, options: argparse.Namespace) -> tuple[Tensor, Tensor | None, dict]:
+def draw_samples(path: Path, options: argparse.Namespace) -> tuple[Split, dict[str, float]]:
     """What a checkpoint draws, with which labels (None if it has none), and how it was drawn."""
     model, scheduler = train_diffusion.load_model(path)
-    how = {"eta": options.eta, "guidance": options.guidance, "seed": options.seed}
+    num_steps, eta, guidance = options.sample_steps, options.eta, options.guidance
+    num_samples, labels = options.num_samples, None
     if model.num_classes is None:
-        what, labels = {"num_samples": options.num_samples}, None
-        how["guidance"] = 0  # there is nothing to guide by
+        guidance = 0  # there is nothing to guide by
+    elif model.num_classes != NUM_CLASSES:
+        raise ValueError(f"{path} has {model.num_classes} classes, not MNIST's {NUM_CLASSES}")
     else:
-        if model.num_classes != NUM_CLASSES:
-            raise ValueError(f"{path} has {model.num_classes} classes, not MNIST's {NUM_CLASSES}")
-        labels = proportional_labels(options.num_samples, mnist()[0][1])
-        what = {"labels": labels}
-    num_steps = options.sample_steps
-    images = train_diffusion.sample(model, scheduler, **what, num_steps=num_steps, **how)
-    return images, labels, {"sample_steps": num_steps, **how}
+        labels = proportional_labels(num_samples, mnist()[0][1])
+    images = train_diffusion.sample(
+        model, scheduler, num_samples, labels, num_steps, eta, guidance, options.seed
+    )
+    how = {"sample_steps": num_steps, "eta": eta, "guidance": guidance, "seed": options.seed}
+    return (images, labels), how
 
 
 def main() -> None:
@@ -297,10 +300,11 @@ def main() -> None:
     the_judge = functools.cache(Judge)
     for path in options.files:
         try:
+            how: dict[str, float] = {}
             if path.suffix in (".npz", ".npy"):
-                images, labels, how = *read_samples(path), {}
+                images, labels = read_samples(path)
             else:
-                images, labels, how = draw_samples(path, options)
+                (images, labels), how = draw_samples(path, options)
             if images.shape[1:] != IMAGE_SHAPE:
                 raise ValueError(f"{path}: images are {list(images.shape[1:])}, not MNIST's")
             if labels is not None and labels.max() >= NUM_CLASSES:

@@ -24,7 +24,7 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ from torchvision.utils import make_grid
 
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
+from support.optimizers import LEARNING_RATES, make_optimizers
 
 NUM_STEPS = train_diffusion.SAMPLE_STEPS  # of every sampler
 
@@ -47,7 +48,7 @@ class Contender:
     """A network and how its project trains it and draws with it."""
 
     model: nn.Module
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: Sequence[torch.optim.Optimizer]
     batch_size: int
     ema_decay: float
     loss: Callable[[Tensor, Tensor], Tensor]  # of images [B, 1, 28, 28] in [-1, 1], labels [B]
@@ -62,9 +63,9 @@ def ours(optimizer: str = "muon") -> Contender:
     scheduler = NoiseScheduler()
     model = UNet(scheduler, base_channels=default("base_channels"), num_classes=NUM_CLASSES)
     model.to(memory_format=torch.channels_last)
-    optimizers = train_diffusion.make_optimizers(model, optimizer)
+    optimizers = make_optimizers(model, optimizer)
     for each in optimizers:
-        each.param_groups[0]["lr"] = train_diffusion.LEARNING_RATES[optimizer]
+        each.param_groups[0]["lr"] = LEARNING_RATES[optimizer]
 
     def loss(x_0: Tensor, labels: Tensor) -> Tensor:
         dropped = torch.rand(len(labels)) < default("label_dropout")
@@ -72,6 +73,7 @@ def ours(optimizer: str = "muon") -> Contender:
         return train_diffusion.training_loss(model, scheduler, x_0, labels).mean()
 
     def draw(ema: nn.Module, labels: Tensor) -> Tensor:
+        assert isinstance(ema, UNet)
         x_T = torch.randn(len(labels), 1, 28, 28)
         *_, (_, x_0, _) = train_diffusion.denoise(ema, scheduler, x_T, labels)
         return x_0
@@ -151,13 +153,14 @@ def denoising_diffusion_pytorch() -> Contender:
         return model((x_0 + 1) / 2, classes=labels)
 
     def draw(ema: nn.Module, labels: Tensor) -> Tensor:
+        assert isinstance(ema, GaussianDiffusion)
         return ema.sample(labels, cond_scale=1.2) * 2 - 1  # s = 1 + w; at 1, no guidance, it fails
 
     optimizers = [torch.optim.Adam(unet.parameters(), lr=1e-4, betas=(0.9, 0.99))]
     return Contender(model, optimizers, 16, 0.995, loss, draw)
 
 
-CONTENDERS = {
+CONTENDERS: dict[str, Callable[[], Contender]] = {
     "this repository": ours,
     "diffusers, course network": diffusers,
     "smalldiffusion": smalldiffusion,
@@ -198,12 +201,13 @@ def training(
 
 def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, int]]:
     """Train for the largest of minutes; the averaged network and the images seen at each."""
-    kept = []
+    kept: list[tuple[nn.Module, int]] = []
     for seconds, seen, ema in training(contender, 60 * minutes[-1]):
         if seconds >= 60 * minutes[len(kept)]:
             kept.append((copy.deepcopy(ema), seen))
         if len(kept) == len(minutes):
-            return kept
+            break
+    return kept
 
 
 @torch.no_grad()
@@ -214,7 +218,7 @@ def draw(contender: Contender, ema: nn.Module, labels: Tensor) -> Tensor:
     return train_diffusion.to_uint8(torch.cat(chunks))
 
 
-def draw_picture(path: Path, rows: list[dict], digits: dict[str, Tensor]) -> None:
+def draw_picture(path: Path, rows: list[dict[str, str | float]], digits: dict[str, Tensor]) -> None:
     """Distance over minutes, and ten digits of each contender beside real ones."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     curves, pictures = figure.subplots(1, 2, width_ratios=[1, 1.2])

@@ -22,11 +22,6 @@ from race import CONTENDERS, training
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
 
-try:
-    import resource
-except ImportError:  # Windows has none
-    resource = None
-
 NUM_SAMPLES = 64  # digits that are drawn to time sampling
 ROUND_SECONDS = 5  # of training for each contender in a round, at least
 
@@ -42,7 +37,9 @@ def print_peak_memory(name: str) -> None:
     for _ in range(3):
         next(steps)
     peak = None
-    if resource is not None:
+    if sys.platform != "win32":  # which does not say
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
         peak = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20)
     print(json.dumps(peak))

@@ -1,7 +1,10 @@
 """What the tests share: a small piece of the real MNIST, and the program run as a user runs it."""
 
+import argparse
 import contextlib
+import csv
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -14,6 +17,9 @@ import pytest
 import torch
 
 import train_diffusion
+from support.checkpoints import load_checkpoint
+from support.options import parse_options
+from support.processes import this_process
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_TRAIN, NUM_TEST, BATCH_SIZE = 64, 16, 8
@@ -22,6 +28,14 @@ STEPS_PER_EPOCH = NUM_TRAIN // BATCH_SIZE
 TINY = ["--base-channels", "8", "--batch-size", str(BATCH_SIZE), "--timesteps", "20"]
 TINY += ["--sample-steps", "2", "--num-samples", "4"]
 LONG = [*TINY, "--epochs", "1000", "--sample-every", "1000"]  # longer than any test lasts
+THREE_EPOCHS = [*TINY, "--epochs", 3, "--sample-every", 2]
+DRAW = ["--sample-only", "--sample-steps", 2]
+# What a run of three epochs draws, and what of it without matplotlib.
+PICTURES = {"samples_epoch_2.png", "samples_epoch_3.png", "denoising.png", "denoising.gif"}
+PICTURES |= {"loss_curve.png", "noise_schedule.png", "forward_process.png"}
+SAMPLED = ("samples_epoch_2.png", "samples_epoch_3.png", "denoising.gif")
+
+posix = pytest.mark.skipif(os.name != "posix", reason="these signals and limits are POSIX's")
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +72,7 @@ def run_main(*options, pictures: bool = False) -> tuple[int, str]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch("os.fsync"))
         for name in figures:
-            stack.enter_context(mock.patch.object(train_diffusion, name))
+            stack.enter_context(mock.patch(f"support.pictures.{name}"))
         try:
             train_diffusion.main([str(option) for option in options])
             return 0, ""
@@ -70,6 +84,25 @@ def run_main(*options, pictures: bool = False) -> tuple[int, str]:
             return 1, str(error)
 
 
+@pytest.fixture
+def as_process(monkeypatch):
+    """As if this were one of several processes: a function of what torchrun tells them."""
+
+    def pretend(rank: int, local_rank: int, world_size: int) -> None:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        values = (rank, local_rank, world_size, "localhost", 1)
+        for name, value in zip((*names, "TORCHELASTIC_RUN_ID"), (*values, "none")):
+            monkeypatch.setenv(name, str(value))
+        this_process.cache_clear()  # the environment is read once
+
+    yield pretend
+    this_process.cache_clear()
+
+
+def parsed(*options) -> argparse.Namespace:
+    return parse_options(train_diffusion.make_parser(), [str(option) for option in options])
+
+
 def run_program(*options, launcher=()) -> subprocess.CompletedProcess:
     """`python LAUNCHER train_diffusion.py OPTIONS` in a process of its own."""
     words = [sys.executable, *launcher, ROOT / "train_diffusion.py", *options]
@@ -77,7 +110,7 @@ def run_program(*options, launcher=()) -> subprocess.CompletedProcess:
 
 
 def checkpoint(folder: Path) -> dict:
-    return train_diffusion.load_checkpoint(folder / "checkpoint.pt")
+    return load_checkpoint(folder / "checkpoint.pt")
 
 
 def same_state(first, second) -> bool:
@@ -98,3 +131,54 @@ def same_run(first: Path, second: Path) -> bool:
     for state in states:
         del state["settings"]
     return same_state(*states)
+
+
+# --- runs that several tests start from -----------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def stopped(small_data, tmp_path_factory):
+    """The folders of two long runs: one stopped after six steps, one after an epoch, eight."""
+    folders = [tmp_path_factory.mktemp(name) for name in ("six", "eight")]
+    for folder, steps in zip(folders, (6, STEPS_PER_EPOCH)):
+        options = ["--data-dir", small_data, "--output-dir", folder, "--max-steps", steps]
+        assert run_main(*LONG, *options) == (0, "")
+    return folders
+
+
+@pytest.fixture
+def resume(stopped, tmp_path):
+    """The options that complete the epoch of the run that stopped after six steps."""
+    shutil.copy(stopped[0] / "checkpoint.pt", tmp_path)
+    return ["--resume", "--output-dir", tmp_path, "--max-steps", STEPS_PER_EPOCH]
+
+
+@pytest.fixture
+def set_device(monkeypatch):
+    """As if there were NVIDIA GPUs: the call, with its number, for one that was tried."""
+    ones, call = torch.ones, mock.Mock()
+    monkeypatch.setattr("torch.ones", lambda *sizes, device: ones(*sizes))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.set_device", call)
+    return call
+
+
+@pytest.fixture(scope="session")
+def finished(small_data, tmp_path_factory):
+    """The folder of a finished run of three epochs in a process of its own, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    result = run_program(*THREE_EPOCHS, "--data-dir", small_data, "--output-dir", folder)
+    assert result.returncode == 0, result.stderr
+    return folder, result
+
+
+@pytest.fixture
+def resume_finished(finished, tmp_path):
+    """The options that go on with a copy of the finished run."""
+    shutil.copy(finished[0] / "checkpoint.pt", tmp_path)
+    return ["--resume", "--output-dir", tmp_path]
+
+
+def read_log(folder):
+    with open(folder / "train_log.csv", newline="") as file:
+        return list(csv.DictReader(file))

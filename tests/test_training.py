@@ -1,4 +1,4 @@
-"""Training: the loss, the optimizer, the draws of a real run, and a network that learns to draw."""
+"""Training: the loss, one step, the draws of a real run, and a network that learns to draw."""
 
 import copy
 import math
@@ -6,15 +6,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NUM_TRAIN, STEPS_PER_EPOCH, TINY, checkpoint, run_main, same_state
+from conftest import (
+    NUM_TRAIN,
+    STEPS_PER_EPOCH,
+    TINY,
+    checkpoint,
+    run_main,
+    same_state,
+)
 from test_network import trained
 from test_scheduler import assert_same
-from torch import Tensor
 
 import train_diffusion as program
 from forward_reverse_process import NoiseScheduler, UNet
+from support.optimizers import Muon, make_optimizers
 
 T = 20
+
+
+# --- images into the model and back ---------------------------------------------------------------
+
+
+def test_pixels_go_into_the_model_and_back_unchanged():
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    x_0 = program.to_model(pixels)
+    assert x_0.min() == -1 and x_0.max() == 1 and torch.equal(program.to_uint8(x_0), pixels)
+    assert program.to_uint8(torch.tensor([-1.5, 0.0, 1.5])).tolist() == [0, 128, 255]
+
 
 # --- the loss: DDPM's Algorithm 1 -----------------------------------------------------------------
 
@@ -74,53 +92,6 @@ def test_every_purpose_and_seed_has_its_own_numbers():
     assert len(torch.stack(draws).unique(dim=0)) == len(asked)
 
 
-# --- the optimizer --------------------------------------------------------------------------------
-
-
-def orthogonalized(matrix: Tensor) -> Tensor:
-    """The polynomial acts on the singular values: taken out, passed through it, and put back."""
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    s = s / s.norm()
-    for _ in range(5):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    assert ((s > 0.6) & (s < 1.3)).all(), "the polynomial is there to even them out"
-    return u @ s.diag() @ v
-
-
-@pytest.mark.parametrize("shape", [(6, 6), (4, 15), (15, 4), (6, 4, 3, 3), (40, 4, 3, 3)])
-def test_muon_is_nesterovs_momentum_orthogonalized_as_a_matrix(shape):
-    """Output channels by all that one of them looks at, whatever the order in memory."""
-    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-    start, *grads = torch.randn(4, *shape, generator=torch.Generator().manual_seed(0)).double()
-    weight = torch.nn.Parameter(start.clone(memory_format=layout))
-    optimizer, expected, average = program.Muon([weight], lr=0.1), start.flatten(1), 0.0
-    for grad in grads:
-        weight.grad = grad.clone(memory_format=layout)
-        optimizer.step()
-        average = 0.95 * average + 0.05 * grad.flatten(1)
-        ahead = 0.95 * average + 0.05 * grad.flatten(1)
-        expected = expected - 0.1 * 0.2 * math.sqrt(max(ahead.shape)) * orthogonalized(ahead)
-        assert_same(weight.detach().flatten(1), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("name, kinds", [("muon", ["Adam", "Muon"]), ("adam", ["Adam"])])
-def test_every_weight_has_one_optimizer_muon_has_the_kernels_and_none_decays(name, kinds):
-    """With no gradient no weight moves: neither kernels nor biases nor norms."""
-    model = trained(UNet(NoiseScheduler(T), base_channels=24, num_classes=3))
-    before = [weight.detach().clone() for weight in model.parameters()]
-    optimizers = program.make_optimizers(model, name)
-    assert [type(optimizer).__name__ for optimizer in optimizers] == kinds
-    optimized = [optimizer.param_groups[0]["params"] for optimizer in optimizers]
-    assert sorted(map(id, sum(optimized, []))) == sorted(map(id, model.parameters()))
-    axes = [{weight.ndim for weight in weights} for weights in optimized]
-    assert axes == ([{1, 2}, {4}] if name == "muon" else [{1, 2, 4}])
-    for optimizer in optimizers * 3:
-        for weight in model.parameters():
-            weight.grad = torch.zeros_like(weight)
-        optimizer.step()
-    assert all(map(torch.equal, model.parameters(), before))
-
-
 # --- the loop -------------------------------------------------------------------------------------
 
 
@@ -158,7 +129,7 @@ def spied_run(folder, *options, factor: float = 1.0) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "training_loss", spied_loss)
-        for optimizer in (program.Muon, torch.optim.Adam):
+        for optimizer in (Muon, torch.optim.Adam):
             patch.setattr(optimizer, "step", spied(optimizer.step))
         patch.setattr(program, "WARMUP_STEPS", 5)
         patch.setattr(program, "EMA_DECAY", 0.3)  # reached at the fourth step
@@ -247,7 +218,7 @@ def test_a_tiny_network_learns_ten_images_and_draws_the_one_that_is_asked_for():
     images, labels = torch.randint(2, (10, 1, 8, 8)) * 2.0 - 1, torch.arange(40) % 10
     scheduler, steps = NoiseScheduler(50), 80
     model = UNet(scheduler, (1, 8, 8), base_channels=24, num_classes=10)
-    optimizers = program.make_optimizers(model, "muon")
+    optimizers = make_optimizers(model, "muon")
     for step in range(steps):
         y = labels.masked_fill(torch.rand(40) < 0.1, model.no_label)
         model.zero_grad()

@@ -13,12 +13,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, checkpoint, idx, run_main, same_run
-from PIL import Image
+from conftest import (
+    TINY,
+    idx,
+    run_main,
+)
+from torchvision import datasets as published
 
 import train_diffusion as program
+from support import datasets
 
 KINDS = ("images-idx3", "labels-idx1")
+
+
 FILES = [f"{split}-{kind}-ubyte.gz" for split in ("train", "t10k") for kind in KINDS]
 
 
@@ -47,7 +54,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 
-# --- into the model and back ----------------------------------------------------------------------
+# --- published sets -------------------------------------------------------------------------------
 
 
 def test_the_repository_holds_all_of_mnist(mnist):
@@ -58,16 +65,6 @@ def test_the_repository_holds_all_of_mnist(mnist):
     assert mean == pytest.approx(33.3184, abs=1e-3)  # MNIST's known mean, 0.13066 of 255
     assert labels.bincount().tolist()[:3] == [5923, 6742, 5958]  # as published
     assert test_labels[:5].tolist() == [7, 2, 1, 0, 4]
-
-
-def test_pixels_go_into_the_model_and_back_unchanged():
-    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
-    x_0 = program.to_model(pixels)
-    assert x_0.min() == -1 and x_0.max() == 1 and torch.equal(program.to_uint8(x_0), pixels)
-    assert program.to_uint8(torch.tensor([-1.5, 0.0, 1.5])).tolist() == [0, 128, 255]
-
-
-# --- published sets -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -137,7 +134,7 @@ def test_a_missing_file_names_every_address_and_its_cause(no_network, raw, tmp_p
     (raw / FILES[2]).unlink()
     with pytest.raises(OSError, match="is missing") as error:
         program.load_images("MNIST", tmp_path)
-    message, mirrors = str(error.value), program.datasets.MNIST.mirrors
+    message, mirrors = str(error.value), published.MNIST.mirrors
     assert str(raw / FILES[2]) in message and "Put" in message and "--data-dir" in message
     assert all(mirror + FILES[2] in message for mirror in mirrors)
     assert message.count("certificate has expired") == len(mirrors)
@@ -163,8 +160,8 @@ def test_missing_files_are_downloaded_whole_by_several_at_once(tmp_path, monkeyp
     def first_run():
         results.append(program.load_images("KMNIST", tmp_path))
 
-    monkeypatch.setattr(program.datasets.utils, "download_url", fake_download)
-    monkeypatch.setattr(program.datasets.KMNIST, "mirrors", ["https://wrong/", "https://right/"])
+    monkeypatch.setattr(published.utils, "download_url", fake_download)
+    monkeypatch.setattr(published.KMNIST, "mirrors", ["https://wrong/", "https://right/"])
     threads = [threading.Thread(target=first_run) for _ in range(3)]
     for thread in threads:
         thread.start()
@@ -176,9 +173,16 @@ def test_missing_files_are_downloaded_whole_by_several_at_once(tmp_path, monkeyp
 
 # --- images of one's own --------------------------------------------------------------------------
 
+
 RANDOM = np.random.default_rng(0)
+
+
 GRAY = RANDOM.integers(0, 256, (100, 16, 12), dtype=np.uint8)
+
+
 COLOR = RANDOM.integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
+
+
 LABELS = np.arange(100) % 3
 
 
@@ -213,7 +217,7 @@ def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
     plain = first[..., 0] if first.shape[3:] == (1,) else first  # as `to_arrays` writes them
     held_out = plain[95:] if sizes == (95, 5) else plain[: sizes[1]]
     for tensor, array in ((images, plain[: sizes[0]]), (test_images, held_out)):
-        assert np.array_equal(program.to_arrays(tensor), array)
+        assert np.array_equal(datasets.to_arrays(tensor), array)
         assert np.array_equal(tensor[2, 0, 3], array[2, 3].reshape(array.shape[2], -1)[:, 0])
     if len(arrays) == 1:
         assert labels is None and test_labels is None
@@ -276,31 +280,3 @@ def test_a_broken_npz_file_gets_one_line(tmp_path):
         code, message = run_main("--dataset", path, "--output-dir", tmp_path / "out")
         assert code == (2 if content is None else 1), message
         assert str(path) in message and "\n" not in message
-
-
-@pytest.mark.parametrize("images, labels", [(COLOR, LABELS), (GRAY[..., None], None)])
-def test_own_images_through_training_resume_and_drawing(images, labels, tmp_path):
-    """Channels, size and classes come from the data; what is drawn can be trained on again."""
-    path = save(tmp_path, images=images, **({} if labels is None else {"labels": labels}))
-    options = [*TINY, "--dataset", path, "--batch-size", 20, "--epochs", 1, "--num-samples", 12]
-    whole, stopped, drawn = tmp_path / "whole", tmp_path / "stopped", tmp_path / "drawn.npz"
-    assert run_main(*options, "--output-dir", whole) == (0, "")
-    assert run_main(*options, "--output-dir", stopped, "--max-steps", 2) == (0, "")
-    assert run_main("--resume", "--output-dir", stopped) == (0, "") and same_run(whole, stopped)
-    for name in ("samples_epoch_1.png", "denoising.gif"):
-        assert (whole / name).read_bytes() == (stopped / name).read_bytes()
-    height, width, channels = images.shape[1:]
-    classes = None if labels is None else 3
-    columns = 9 if classes else 10
-    with Image.open(whole / "samples_epoch_1.png") as grid:  # 12 images, rows of `columns`
-        assert grid.size == (2 + columns * (width + 2), 2 + -(-12 // columns) * (height + 2))
-    drawing = ["--sample-only", "--output-dir", whole, "--sample-steps", 2, "--guidance", 2]
-    assert run_main(*drawing, "--num-samples", 30, "--output", drawn) == (0, "")
-    (again, labels_again), _ = program.load_images(drawn)
-    assert again.shape == (28, channels, height, width)
-    assert checkpoint(whole)["unet"]["num_classes"] == classes
-    if classes:
-        assert torch.equal(labels_again, torch.arange(28) % 3)
-    else:
-        code, message = run_main(*drawing, "--labels", 3)
-        assert code == 2 and "--labels" in message and "without labels" in message

@@ -1,0 +1,75 @@
+"""Checkpoints: what is in one, how it is written and read, and how an earlier one is kept."""
+
+import itertools
+import zipfile
+from pathlib import Path
+from typing import TypedDict, cast
+
+import torch
+from torch import Tensor
+
+from support.files import write_file
+from support.messages import explained, say
+
+CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
+
+
+class Schedule(TypedDict):
+    """What makes the noise scheduler."""
+
+    num_timesteps: int
+    schedule: str
+
+
+class NetworkShape(TypedDict):
+    """What makes the network, besides the scheduler."""
+
+    image_shape: tuple[int, int, int]
+    base_channels: int
+    num_classes: int | None
+
+
+class Checkpoint(TypedDict, total=False):
+    """What a file holds, in tensors and plain values. weights.pt ends after `ema`."""
+
+    format: str
+    scheduler: Schedule
+    unet: NetworkShape
+    ema: dict[str, Tensor]  # the averaged weights, to draw with
+    settings: dict[str, object]  # options that a resumed run takes over
+    model: dict[str, Tensor]
+    optimizers: list[dict[str, object]]
+    step: int  # training steps done
+    seconds: float  # of training
+    losses: Tensor  # of the current epoch's steps
+    check_sums: list[int]  # of images and labels: a run keeps to its own
+    history: list[dict[str, float]]  # a row for every epoch that was looked at
+
+
+def save_checkpoint(path: Path, state: Checkpoint) -> None:
+    """Write a dict of tensors and plain values."""
+    write_file(path, lambda file: torch.save({"format": CHECKPOINT_FORMAT, **state}, file))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote. A file from a stranger cannot run code."""
+    remedy = "Train first, or name another by --checkpoint or, to resume, --output-dir"
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}. {remedy}")
+    with explained(path, "is damaged or no checkpoint", remedy):
+        with zipfile.ZipFile(path) as file:  # as which a checkpoint is written, with check sums
+            if file.testzip():
+                raise ValueError("a check sum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError("it is of another version of this program")
+    return cast(Checkpoint, state)
+
+
+def keep_earlier(path: Path) -> None:
+    """Move an earlier run's checkpoint to the first free numbered name: none is overwritten."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}_{i}{path.suffix}") for i in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        path.rename(kept)
+        say(f"{path} is from an earlier run: kept as {kept.name}")

@@ -1,0 +1,220 @@
+"""Images and labels: published sets and .npz files, read, checked and split.
+
+Files hold images as uint8 [N, H, W] or [N, H, W, 3], tensors as uint8 [N, C, H, W].
+"""
+
+import gzip
+import os
+import socket
+import sys
+import tempfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torchvision import datasets
+
+from support.files import REPOSITORY
+from support.messages import explained, one_line, say
+
+IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
+MAX_LABEL = 9999  # every label up to the largest has a row in the network
+HELD_OUT_SHARE = 20  # one image in so many is held out, if a file has but one split
+NUM_HELD_OUT = 2000  # images at most that the held-out loss looks at
+
+Split = tuple[Tensor, Tensor | None]  # images, uint8 [N, C, H, W], and labels, int64 [N]
+
+
+class Data(NamedTuple):
+    """What a run trains on and is measured by, on its device."""
+
+    images: Tensor  # uint8 [N, C, H, W]
+    labels: Tensor | None  # int64 [N]; None for a plain model
+    held_out_images: Tensor  # NUM_HELD_OUT at most
+    held_out_labels: Tensor | None
+    check_sums: list[int]  # by which a resumed run knows its images and labels
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.labels is None else int(self.labels.max()) + 1
+
+
+def load_data(
+    dataset: str, data_dir: str | Path | None, device: torch.device, labeled: bool
+) -> Data:
+    """The images of a run, with their labels if it is labeled and there are any."""
+    (images, labels), (test_images, test_labels) = load_images(dataset, data_dir)
+    given = [images] if labels is None else [images, labels]
+    check_sums = [zlib.crc32(x.contiguous().numpy().data) for x in given]
+    images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
+    if labels is None or test_labels is None or not labeled:
+        return Data(images, None, test_images, None, check_sums)
+    labels, test_labels = labels.to(device), test_labels[:NUM_HELD_OUT].to(device)
+    return Data(images, labels, test_images, test_labels, check_sums)
+
+
+def load_images(dataset: str = "MNIST", data_dir: str | Path | None = None) -> list[Split]:
+    """The training split and the held-out split: images, uint8 [N, C, H, W], and labels, int64 [N].
+
+    Args:
+        dataset: MNIST, FashionMNIST or KMNIST; or an .npz file with an array `images`, uint8
+            [N, H, W] or [N, H, W, 3], and perhaps `labels` (else None), whole numbers from 0; or
+            with the names of MedMNIST (train_images, test_images, ...) or Keras (x_train, ...).
+        data_dir: where the published sets are; this repository's data if not given. What is
+            missing is downloaded.
+    """
+    if dataset not in IDX_SETS:
+        return read_npz(Path(dataset).expanduser())
+    data_dir = Path(data_dir or REPOSITORY / "data").expanduser()
+    published, folder = getattr(datasets, dataset), data_dir / dataset / "raw"
+    arrays = []
+    for filename, md5 in published.resources:  # images and labels, then those of the held-out split
+        path, unpacked = folder / filename, folder / Path(filename).stem
+        if not path.exists() and not unpacked.exists():
+            download(published.mirrors, path, md5)
+        arrays.append(read_idx(path if path.exists() else unpacked))
+    return matching(folder, [to_tensors(folder, *arrays[:2]), to_tensors(folder, *arrays[2:])])
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """An idx file, packed or not: 0, 0, 8 (for uint8), how many axes, their sizes, the data."""
+    remedy = "Put the published file in its place, or delete it and run again with a network"
+    with explained(path, "is damaged", remedy):
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            content = bytearray(file.read())
+        if content[:3] != b"\0\0\x08":
+            raise ValueError("it does not begin like an idx file")
+        shape = np.frombuffer(content, ">u4", content[3], offset=4)
+        pixels = np.frombuffer(content, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+    return pixels
+
+
+def download(mirrors: list[str], path: Path, md5: str) -> None:
+    """Fetch a file from the first of the published addresses that gives the right one."""
+    remedy = "Put the published file there, or name another --data-dir"
+    with explained(path, "is missing, and its folder cannot be written to", remedy):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=path.parent)  # nobody shall meet half a file
+    causes = []
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(60)  # seconds; else it waits for a silent server for ever
+    try:
+        with folder:
+            for address in (mirror + path.name for mirror in mirrors):
+                try:
+                    datasets.utils.download_url(address, folder.name, path.name, md5)
+                    return os.replace(Path(folder.name) / path.name, path)
+                except Exception as error:  # of many kinds, from URLError to RuntimeError
+                    causes.append(f"{address}: {one_line(error)}")
+    finally:
+        socket.setdefaulttimeout(before)
+    raise OSError(
+        f"{path} is missing, and no address gave it ({'; '.join(causes)}). Put the published file "
+        "there, run again with a network, or name another --data-dir"
+    )
+
+
+def read_npz(path: Path) -> list[Split]:
+    """Both splits of an .npz file; the last images are held out if there is but one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"argument --dataset: there is no file {path}")
+    with explained(path, "cannot be read", "Write it with numpy.savez, from plain arrays"):
+        with np.load(path, allow_pickle=False) as file:
+            names = [name for name in ("images", "train_images", "x_train") if name in file][:1]
+            names += [name for name in ("test_images", "x_test") if names and name in file][:1]
+            labels = [name.replace("images", "labels").replace("x_", "y_") for name in names]
+            arrays = [(file[x], file[y] if y in file else None) for x, y in zip(names, labels)]
+    if not arrays:
+        raise ValueError(f"{path}: there is no array called images (or train_images, x_train)")
+    splits = [to_tensors(path, *pair) for pair in arrays]
+    if len(splits) == 1:
+        cut = len(splits[0][0]) * (HELD_OUT_SHARE - 1) // HELD_OUT_SHARE
+        if not cut:
+            raise ValueError(f"{path}: there must be at least two images, one of them to hold out")
+        images, both = splits[0]
+        parts = (slice(None, cut), slice(cut, None))
+        splits = [(images[part], both if both is None else both[part]) for part in parts]
+    return matching(path, splits)
+
+
+def matching(path: Path, splits: list[Split]) -> list[Split]:
+    """Both splits, if images to train on and held-out ones are of a kind."""
+    (images, labels), (test_images, test_labels) = splits
+    if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
+        raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
+    if labels is not None and test_labels is not None:
+        if not torch.isin(test_labels, labels).all():
+            raise ValueError(f"{path}: only held-out images have some label. Shuffle the images")
+        if unused := set(range(int(labels.max()))) - set(labels.tolist()):
+            without = f"no image has the label {min(unused)}, so drawing it will give nonsense"
+            say(f"warning: {path}: {without}. Number labels from 0, without gaps", sys.stderr)
+    return splits
+
+
+def to_tensors(path: Path, images: NDArray[np.uint8], labels: NDArray[np.generic] | None) -> Split:
+    """Images, checked, as a view uint8 [N, C, H, W] of the same memory; labels as int64 [N]."""
+    found = f"not {images.dtype} {list(images.shape)}"
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
+        raise ValueError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 1 or 3], {found}")
+    if not images.size or images.shape[1] % 4 or images.shape[2] % 4:
+        problem = "there must be images, and 4 must divide their height and width"
+        raise ValueError(f"{path}: {problem}, {found}. Pad or resize them")
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if labels is None:
+        return tensor, None
+    labels = labels.reshape(-1) if labels.shape[1:] == (1,) else labels
+    good = labels.dtype.kind in "iuf" and labels.shape == (len(images),)
+    if not good or not np.isin(labels, np.arange(MAX_LABEL + 1)).all():
+        raise ValueError(
+            f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, one for each image"
+        )
+    return tensor, torch.from_numpy(labels.astype(np.int64))
+
+
+def to_arrays(images: Tensor) -> NDArray[np.uint8]:
+    """The way back, as files hold images: uint8 [N, C, H, W] -> [N, H, W] or [N, H, W, 3]."""
+    array: NDArray[np.uint8] = images.permute(0, 2, 3, 1).cpu().numpy()
+    return array[..., 0] if array.shape[3] == 1 else array
+
+
+# --- What to draw ---------------------------------------------------------------------------------
+
+
+def labels_to_draw(
+    num_samples: int | None,
+    labels: Sequence[int] | Tensor | None,
+    num_classes: int | None,
+    default: int,
+) -> tuple[int, Tensor | None]:
+    """How many images are asked for, and their labels, int64 [N], or None if there are no classes.
+
+    Without labels, classes come in turn: 0, 1, 2, ... over and over. Without a number either, as
+    many as `default` are asked for.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples (--num-samples) must be 1 or more, not {num_samples}")
+    if labels is None:
+        num_samples = num_samples or default
+        return num_samples, torch.arange(num_samples) % num_classes if num_classes else None
+    if num_classes is None:
+        raise ValueError("labels (--labels): this model was trained without labels")
+    array = labels.numpy(force=True) if isinstance(labels, Tensor) else np.array(labels)
+    array = array.reshape(-1)
+    good = len(array) and array.dtype.kind in "iu"  # whole numbers, with a sign or without
+    if not good or not np.isin(array, np.arange(num_classes)).all():
+        raise ValueError(f"labels (--labels) must be whole numbers from 0 to {num_classes - 1}")
+    if num_samples not in (None, len(array)):
+        raise ValueError(f"num_samples (--num-samples) is {num_samples} for {len(array)} labels")
+    return len(array), torch.from_numpy(array.astype(np.int64))

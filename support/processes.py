@@ -1,0 +1,92 @@
+"""Several processes that train together: who am I, and what do the others have?
+
+torchrun starts them. Each works on its share of every batch, and gradients are averaged.
+"""
+
+import contextlib
+import datetime
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Process(NamedTuple):
+    """One of `world_size` processes. A program that runs alone is the first of one."""
+
+    rank: int = 0  # its number among all
+    local_rank: int = 0  # its number on this machine
+    world_size: int = 1  # how many there are
+
+
+@functools.cache
+def this_process() -> Process:
+    """What torchrun says in the environment, read once.
+
+    torchrun sets all of these variables. One that is left over from elsewhere means nothing.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    others = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
+    if not all(os.environ.get(name) for name in names + others):
+        return Process()
+    return Process(*(int(os.environ[name]) for name in names))
+
+
+def share(tensor: Tensor) -> Tensor:
+    """This process's part of a batch: each so-many-th image; all of it for a process alone."""
+    me = this_process()
+    return tensor[me.rank :: me.world_size]
+
+
+@contextlib.contextmanager
+def joined(device: torch.device, apart: bool = False) -> Iterator[None]:
+    """The processes can exchange tensors in this block; each is on its own if `apart`."""
+    if this_process().world_size == 1 or apart:
+        yield
+        return
+    # The first alone draws pictures, for which the others may have to wait long.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    try:
+        yield
+    finally:  # but after an error the others may still wait, and closing would wait for them
+        if not isinstance(sys.exception(), Exception):
+            dist.destroy_process_group()
+
+
+# The last tensor that was sent. If a thread of gloo's were the last to hold it, that thread would
+# need Python to free it, for which it may wait for ever at the end of the program.
+last_sent: list[Tensor] = []
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of all processes' tensors, put in its place. All of them wait here for the last."""
+    if this_process().world_size > 1:
+        last_sent[:] = [tensor]
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:  # mostly: the connection is closed
+            cause = " ".join(str(error).split()).partition(". ")[0]
+            raise OSError(f"another process cannot be reached; see its words ({cause})") from None
+    return tensor
+
+
+def average(tensors: list[Tensor]) -> None:
+    """Replace each tensor by its mean over all processes, in one message for all of them."""
+    world_size = this_process().world_size
+    if world_size > 1:
+        means = sum_over_processes(torch.cat([x.flatten() for x in tensors])) / world_size
+        for tensor, mean in zip(tensors, means.split([x.numel() for x in tensors])):
+            tensor.copy_(mean.view(tensor.shape))
+
+
+def any_process(flag: object, device: torch.device) -> bool:
+    """Whether `flag` is true in any process. All of them wait here for the last."""
+    if this_process().world_size == 1:  # and no GPU has to wait
+        return bool(flag)
+    return bool(sum_over_processes(torch.tensor(float(bool(flag)), device=device)))

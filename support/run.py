@@ -1,0 +1,98 @@
+"""Where a training run stands, and how it is begun, saved, resumed and stopped."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from support.checkpoints import Checkpoint, keep_earlier, save_checkpoint
+from support.messages import explained, say
+from support.processes import this_process
+
+
+@dataclass
+class Run:
+    """What a run has done so far. Epochs count from 1; one that was looked at has a row."""
+
+    path: Path  # of its checkpoint
+    kept: Checkpoint  # what of it stays the same in a run
+    losses: Tensor  # of the current epoch's steps, float32 [steps per epoch]
+    step: int = 0
+    seconds: float = 0.0  # of training: neither looking nor drawing counts
+    history: list[dict[str, float]] = field(default_factory=list)  # rows, as in train_log.csv
+    clock: float = 0.0  # when the last step ended, as time.monotonic() says
+    saved_at: float = 0.0  # by the same clock
+
+    # --- the current epoch ------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """The current epoch: the first that was not looked at."""
+        return len(self.history) + 1
+
+    @property
+    def start(self) -> int:
+        """How many steps there are before the current epoch."""
+        return len(self.history) * len(self.losses)
+
+    @property
+    def epoch_is_complete(self) -> bool:
+        """Whether all of its steps are done, so that it only has to be looked at."""
+        return self.step == self.start + len(self.losses)
+
+    def start_clock(self) -> None:
+        self.clock = self.saved_at = time.monotonic()
+
+    def count(self, loss: Tensor) -> None:
+        """One more step, with this loss."""
+        self.losses[self.step - self.start] = loss
+        now = time.monotonic()
+        self.step, self.seconds, self.clock = self.step + 1, self.seconds + now - self.clock, now
+
+    def mean_loss(self) -> float:
+        """Of the current epoch's steps so far. Makes the CPU wait for a GPU."""
+        return self.losses[: self.step - self.start].mean().item()
+
+    def stop_if_not_finite(self) -> None:
+        """End the run at a loss that is infinite or no number: nothing is learned after that."""
+        bad = (~self.losses[: self.step - self.start].isfinite()).nonzero().flatten().tolist()
+        if bad:
+            problem = f"the loss is not finite at step {self.start + bad[0] + 1}. Try a lower --lr"
+            raise ArithmeticError(f"{problem}. {self.path} holds the last good state")
+
+    # --- its checkpoint ---------------------------------------------------------------------------
+
+    def begin(self, learned: Checkpoint) -> None:
+        """Put an earlier run's checkpoint aside and write the first of this one."""
+        if this_process().rank == 0:
+            keep_earlier(self.path)
+        self.save(learned)
+
+    def save(self, learned: Checkpoint) -> None:
+        """Write all that a run needs to go on; the first process does it for all."""
+        own: Checkpoint = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
+        if this_process().rank == 0:
+            save_checkpoint(self.path, {**self.kept, **learned, **own, "history": self.history})
+        self.saved_at = time.monotonic()
+
+    def resume(self, saved: Checkpoint, load: Callable[[Checkpoint], None]) -> None:
+        """Stand where the saved run stood; `load` takes over what it had learned."""
+        if any(saved.get(name) != self.kept.get(name) for name in ("unet", "check_sums")):
+            images = self.kept["settings"]["dataset"]
+            problem = f"the images of {images} are not what {self.path} was trained on"
+            raise ValueError(f"--resume: {problem}. Give their --dataset or --data-dir")
+        with explained(self.path, "does not fit this program", "Name another --output-dir"):
+            load(saved)
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.losses, self.history = saved["losses"].to(self.losses.device), saved["history"]
+
+    def say_what_comes(self, last_step: int, device: torch.device) -> None:
+        if self.step < last_step:
+            steps = f"from step {self.step} to {last_step}"
+            say(f"training on {device}, {steps}; each epoch gets a line")
+        else:
+            asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
+            say(f"nothing left to train: {self.path} is at step {self.step}, and {asked}")

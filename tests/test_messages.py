@@ -1,0 +1,76 @@
+"""What is said: printing never ends a run, and an error is one line."""
+
+import io
+import runpy
+import sys
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    TINY,
+    run_main,
+)
+from torchvision import datasets as published
+
+import train_diffusion as program
+from support import messages
+
+
+def text_stream(encoding="utf-8"):
+    return io.TextIOWrapper(io.BytesIO(), encoding, newline="\n")
+
+
+def test_printing_never_ends_a_run_and_spells_out_what_a_terminal_lacks(tmp_path, monkeypatch):
+    file, closed, narrow = open(tmp_path / "full", "wb"), text_stream(), text_stream("cp1252")
+    full = mock.Mock(encoding="utf-8", fileno=file.fileno)
+    full.write.side_effect = OSError(28, "No space left on device")
+    closed.close()
+    logger, odd = SimpleNamespace(write=len), mock.Mock(encoding="no such")
+    for stream in (closed, full, None, logger, odd, narrow, text_stream()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        messages.say("Łukasz")
+        messages.say("undecodable \udcff")
+        messages.say("not to be heard", aloud=False)
+    assert narrow.buffer.getvalue().startswith(b"\\u0141ukasz\n")
+    assert sys.stdout.buffer.getvalue() == "Łukasz\nundecodable \\udcff\n".encode()
+    file.write(b"what was left in the stream")  # as Python does at its end: it goes nowhere
+    file.close()
+    assert (tmp_path / "full").read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
+def test_too_little_memory_gets_one_line(small_data, tmp_path, resume, monkeypatch, kind):
+    """As a GPU's allocator, Python and a CPU's allocator say it; other errors are no user's."""
+    problem = "[enforce fail at alloc.cpp] err == 0. DefaultCPUAllocator:\ncan't allocate memory"
+    if kind is torch.cuda.OutOfMemoryError:
+        problem = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 8 GiB,\nof which"
+    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=kind(problem)))
+    code, message = run_main(*resume)
+    assert code == 1 and message.startswith("there is too little memory (") and "\n" not in message
+    assert "--device cpu" in message and "--batch-size" not in message  # which a run keeps
+    new_run = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path / "new"]
+    assert "Try a lower --batch-size" in run_main(*new_run)[1]
+    bug = RuntimeError("unsupported memory format option")
+    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=bug))
+    with pytest.raises(RuntimeError, match="unsupported"):
+        program.main([str(option) for option in resume])
+
+
+@pytest.mark.parametrize("options, status", [(["--device", "x"], 2), (["--data-dir", "docs"], 1)])
+def test_an_error_is_one_line_for_a_user(options, status, tmp_path, monkeypatch, capsys):
+    """What stands under __main__, run in this process."""
+    monkeypatch.setattr(
+        sys, "argv", ["train_diffusion.py", *options, "--output-dir", str(tmp_path)]
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("signal.signal", lambda signum, handler: None)  # pytest keeps its own
+    monkeypatch.setattr("socket.setdefaulttimeout", lambda seconds: None)
+    monkeypatch.setattr(published.MNIST, "mirrors", [])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train_diffusion.py"), run_name="__main__")
+    output = capsys.readouterr()
+    assert end.value.code == status and output.out == "" and output.err.count("\n") == 1
+    assert output.err.startswith("train_diffusion.py: error: ")

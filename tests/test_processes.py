@@ -1,0 +1,84 @@
+"""Several processes learn what one does."""
+
+import contextlib
+import datetime
+import os
+from unittest import mock
+
+import pytest
+import torch
+from conftest import (
+    TINY,
+    checkpoint,
+    parsed,
+    run_main,
+    run_program,
+)
+
+import train_diffusion as program
+from support import processes
+
+
+def test_torchrun_is_believed_once_all_of_its_variables_are_there(as_process, monkeypatch):
+    """Some that are left over from elsewhere mean nothing, whatever they are."""
+    names = "WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
+    for name in names:
+        for left_over in ("many", "", "2"):
+            monkeypatch.setenv(name, left_over)
+            if name != names[-1] or not left_over:
+                processes.this_process.cache_clear()
+                assert processes.this_process() == (0, 0, 1)
+                assert parsed("--batch-size", "15").batch_size == 15
+    processes.this_process.cache_clear()
+    assert processes.this_process() == (2, 2, 2)
+    with pytest.raises(ValueError, match="--batch-size: must divide among 2 processes"):
+        parsed("--batch-size", "15")
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, OSError, MemoryError])
+def test_processes_close_together_unless_one_fails(end, tmp_path, as_process, monkeypatch):
+    """After an error the others may be waiting in another place, and closing would wait for them.
+
+    As if this were one of two. They wait for the first one's pictures, which may take hours.
+    """
+    dist = mock.Mock()
+    monkeypatch.setattr(processes, "dist", dist)
+    as_process(1, 1, 2)
+    monkeypatch.setattr(program, "train", mock.Mock(side_effect=end))
+    with contextlib.suppress(KeyboardInterrupt, OSError):
+        program.main([f"--output-dir={tmp_path}", "--device=cpu"])
+    dist.init_process_group.assert_called_once()
+    backend, options = dist.init_process_group.call_args
+    assert backend == ("gloo",) and options["timeout"] >= datetime.timedelta(hours=12)
+    assert dist.destroy_process_group.called == (end in (None, KeyboardInterrupt))
+
+
+def test_two_processes_learn_what_one_does_and_one_resumes_them(small_data, tmp_path):
+    """Up to rounding. Within the second epoch, so that a whole one is compared too."""
+    options = [*TINY, "--data-dir", small_data, "--device", "cpu", "--max-steps", 10]
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    result = run_program(*options, "--output-dir", two, launcher=launcher)
+    assert result.returncode == 0 and result.stderr == "", result.stderr
+    assert result.stdout.count("done: 10 steps") == 1
+    assert run_main(*options, "--output-dir", one) == (0, "")
+    assert set(os.listdir(one)) < set(os.listdir(two)) and not list(two.glob("*.tmp"))
+    for folder in (one, two):
+        assert run_main("--resume", "--output-dir", folder, "--max-steps", 14) == (0, "")
+    one, two = checkpoint(one), checkpoint(two)
+    torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-4)
+    assert (two["losses"] > 0).all()
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-5)
+    means = [state["history"][0]["train_loss"] for state in (one, two)]
+    assert means[0] == pytest.approx(means[1], abs=1e-5)
+
+
+def test_the_means_over_processes_go_back_to_where_the_tensors_were(as_process, monkeypatch):
+    """As if the other of two processes had the same and one more."""
+    as_process(0, 0, 2)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda flat: flat.add_(flat + 1))
+    loss, kernel = torch.tensor(3.0), torch.arange(24.0).reshape(2, 3, 2, 2)
+    kernel = kernel.to(memory_format=torch.channels_last)
+    processes.average([loss, kernel])
+    assert loss == 3.5 and torch.equal(kernel, torch.arange(24.0).reshape(2, 3, 2, 2) + 0.5)
+    assert len(processes.last_sent[0]) == 25  # no thread may be the last to hold it
