@@ -111,8 +111,7 @@ def training_step(
     """DDPM's Algorithm 1 on a batch. Returns the loss, nan if it or its gradient is not finite.
 
     Args:
-        images: uint8 [B, C, H, W].
-        labels: int64 [B], or None: no label for all.
+        images, labels: uint8 [B, C, H, W] and int64 [B], or None: no label for all.
         step: how many steps came before.
         lr: the learning rate.
         label_dropout: share of the labels to drop.
@@ -144,9 +143,8 @@ def training_step(
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
-    # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model. That
-    # evens out what single batches do to them. Its memory is short at first, so that the random
-    # start is soon forgotten.
+    # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model. The
+    # memory is short at first, so that the random start is soon forgotten.
     decay = min(EMA_DECAY, (1 + step) / (10 + step))
     get_ema_multi_avg_fn(decay)(list(learner.ema.parameters()), weights, None)
     return torch.where(grad_norm.isfinite(), loss, torch.nan)
@@ -308,7 +306,6 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         raise ValueError(f"argument --batch-size: only {len(data.images)} images are to train on")
     steps_per_epoch = len(data.images) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
-    last_step = min(total_steps, args.max_steps or total_steps)
 
     # Build.
     schedule: Schedule = {"num_timesteps": args.timesteps, "schedule": args.schedule}
@@ -322,7 +319,8 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     learner = Learner(model, copy.deepcopy(model).eval(), make_optimizers(model, args.optimizer))
     weights: Checkpoint = {"scheduler": schedule, "unet": shape, "ema": learner.ema.state_dict()}
     kept: Checkpoint = {**weights, "settings": args.settings, "check_sums": data.check_sums}
-    run = Run(path, kept, torch.zeros(steps_per_epoch, device=device))
+    last_step = min(total_steps, args.max_steps or total_steps)
+    run = Run(path, kept, torch.zeros(steps_per_epoch, device=device), last_step)
 
     # Resume, or save at once, so that a run can be resumed whenever it is interrupted.
     if args.resume:
@@ -334,24 +332,24 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         draw_noise_schedule(folder / "noise_schedule.png", args.timesteps)
         few = data.held_out_images[:4]
         draw_forward_process(folder / "forward_process.png", scheduler, few, args.seed)
-        run.say_what_comes(last_step, device)
+        run.say_what_comes(device)
 
     # Train. (A run that was killed before it looked at a complete epoch has that still to do.)
-    while run.step < last_step or run.epoch_is_complete:
-        new_order = generator_for(f"epoch {run.epoch}", args.seed)
-        order = torch.randperm(len(data.images), generator=new_order).to(device)
+    while run.epoch_is_complete or not run.is_over:
+        draws = generator_for(f"epoch {run.epoch}", args.seed)
+        order = torch.randperm(len(data.images), generator=draws).to(device)
         batches = order[: steps_per_epoch * args.batch_size].view(steps_per_epoch, -1)
-        left = batches[run.step - run.start : last_step - run.start]  # of this epoch
-        bar = messages.progress_bar(list(left), f"epoch {run.epoch}", first)
+        left = list(batches[run.steps_left])
+        bar = messages.progress_bar(left, f"epoch {run.epoch}", first)
         interruption.deferred = True
         run.start_clock()
-        for batch in bar:
+        for which in bar:
             # The learning rate rises over the first steps, then falls on a line, to 0 at the end.
             lr = args.lr * min(1, (run.step + 1) / WARMUP_STEPS) * (1 - run.step / total_steps)
-            labels = None if data.labels is None else data.labels[batch]
             draws = generator_for(f"step {run.step}", args.seed, device)
-            inputs = data.images[batch], labels, run.step, lr, args.label_dropout, draws
-            run.count(training_step(learner, scheduler, *inputs))
+            how = run.step, lr, args.label_dropout, draws
+            images, labels = data.batch(which)
+            run.count(training_step(learner, scheduler, images, labels, *how))
 
             if run.step % CHECK_EVERY == 0:
                 run.stop_if_not_finite()
@@ -369,7 +367,7 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         interruption.deferred = not alone
         if processes.any_process(interruption.received, device):
             raise KeyboardInterrupt(*interruption.received)
-        row = look(args, data, learner.ema, scheduler, run, last_step) if first else {}
+        row = look(args, data, scheduler, learner.ema, run) if first else {}
         if run.epoch_is_complete:  # else --max-steps cut it short; --resume completes it
             run.history.append(row)
             run.save(learner.state())  # with the row, so that a resumed run does not look again
@@ -378,20 +376,15 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         with messages.not_vital(folder / "weights.pt") as file:
             checkpoints.save_checkpoint(file, weights)
         draw_denoising(folder, learner.ema, scheduler, args)
-        minutes = f"{run.seconds / 60:.1f} min of training"
-        say(f"done: {run.step} steps, {minutes}; all files are in {folder}")
-        more = options.command_line(SCRIPT, "--sample-only", f"--checkpoint={path}")
-        say(f"draw more: {more}")
+        done = f"{run.step} steps, {run.seconds / 60:.1f} min of training"
+        say(f"done: {done}; all files are in {folder}")
+        command = options.command_line(SCRIPT, "--sample-only", f"--checkpoint={path}")
+        say(f"draw more: {command}")
     processes.any_process(False, device)  # nobody leaves before all are done
 
 
 def look(
-    args: argparse.Namespace,
-    data: datasets.Data,
-    ema: UNet,
-    scheduler: NoiseScheduler,
-    run: Run,
-    last_step: int,
+    args: argparse.Namespace, data: datasets.Data, scheduler: NoiseScheduler, ema: UNet, run: Run
 ) -> dict[str, float]:
     """After an epoch: the held-out loss, the log and its curve, now and then a grid. Its row."""
     folder, classes = args.output_dir, data.num_classes
@@ -401,7 +394,7 @@ def look(
     row |= {"val_loss": errors.mean().item(), "seconds": run.seconds}
     files.write_log(folder / "train_log.csv", [*run.history, row])
     pictures.draw_loss_curve(folder / "loss_curve.png", [*run.history, row], t, errors)
-    if run.epoch % args.sample_every == 0 or run.step == last_step:
+    if run.epoch % args.sample_every == 0 or run.is_over:
         num_samples = args.num_samples or pictures.full_rows(NUM_SAMPLES, classes)
         images = sample(ema, scheduler, num_samples, **args.sampler)
         pictures.draw_grid(folder / f"samples_epoch_{run.epoch}.png", images, classes)
@@ -485,10 +478,11 @@ SCRIPT = sys.argv[0] if __name__ == "__main__" else __file__  # as it is called 
 
 def make_parser() -> options.Parser:
     """The options with their defaults."""
-    commands, _, _ = (__doc__ or "").partition("or, from Python")  # python -OO drops it
+    commands, _, _ = (__doc__ or "").partition("The network learns")  # python -OO drops it
     formatter = argparse.RawDescriptionHelpFormatter
     parser = options.Parser(description=commands, formatter_class=formatter, allow_abbrev=False)
-    count, share = options.number(int, 1, 10**6), options.number(float, 0, 1)
+    number, path = options.number, options.home_path
+    count, share = number(int, 1, 10**6), number(float, 0, 1)
 
     add = parser.add_argument_group("training").add_argument
     sets = f"{', '.join(datasets.IDX_SETS)}, or an .npz file (%(default)s)"
@@ -496,15 +490,14 @@ def make_parser() -> options.Parser:
     add("--epochs", type=count, default=10, help="passes over the images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images a step, in all (%(default)s)")
     add("--optimizer", choices=list(LEARNING_RATES), default="muon", help="(%(default)s)")
-    highest = f"highest learning rate ({LEARNING_RATES})"
-    add("--lr", type=options.number(float, 1e-9, 1e9), help=highest)
-    add("--timesteps", type=options.number(int, 2, 10**5), default=1000, help="T (%(default)s)")
+    add("--lr", type=number(float, 1e-9, 1e9), help=f"highest learning rate ({LEARNING_RATES})")
+    add("--timesteps", type=number(int, 2, 10**5), default=1000, help="T (%(default)s)")
     add("--schedule", choices=["cosine", "linear"], default="cosine", help="(%(default)s)")
-    width = options.number(int, NORM_GROUPS, 10**6, step=NORM_GROUPS)
-    multiple = f"width, a multiple of {NORM_GROUPS} (%(default)s)"
-    add("--base-channels", type=width, default=32, help=multiple)
+    multiple = number(int, NORM_GROUPS, 10**6, NORM_GROUPS)
+    width = f"width, a multiple of {NORM_GROUPS} (%(default)s)"
+    add("--base-channels", type=multiple, default=32, help=width)
     dropout = "share of labels to drop, for guidance; 1: all, for a plain model (%(default)s)"
-    add("--label-dropout", type=options.number(float, 1e-3, 1), default=0.1, help=dropout)
+    add("--label-dropout", type=number(float, 1e-3, 1), default=0.1, help=dropout)
     add("--max-steps", type=count, metavar="N", help="end early, after N steps in all")
     add("--resume", action="store_true", help="go on with OUTPUT_DIR/checkpoint.pt as it was")
 
@@ -515,23 +508,20 @@ def make_parser() -> options.Parser:
     add("--sample-steps", type=count, default=SAMPLE_STEPS, help=steps)
     add("--eta", type=share, default=1.0, help="0: DDIM, 1: DDPM (%(default)s)")
     guidance = "strength of classifier-free guidance, 0: off (%(default)s)"
-    add("--guidance", type=options.number(float, 0, 1e3), default=GUIDANCE, help=guidance)
+    add("--guidance", type=number(float, 0, 1e3), default=GUIDANCE, help=guidance)
     add("--sample-only", action="store_true", help="no training: draw with a trained network")
     labels = "what to draw, with --sample-only (every class in turn)"
-    label = options.number(int, 0, datasets.MAX_LABEL)
-    add("--labels", type=label, nargs="+", help=labels)
+    add("--labels", type=number(int, 0, datasets.MAX_LABEL), nargs="+", help=labels)
     checkpoint = "with --sample-only (OUTPUT_DIR/checkpoint.pt, else pretrained.pt)"
-    add("--checkpoint", type=options.home_path, help=checkpoint)
+    add("--checkpoint", type=path, help=checkpoint)
     output = "with --sample-only: .png, .npy or .npz (OUTPUT_DIR/samples.png)"
-    add("--output", type=options.home_path, help=output)
+    add("--output", type=path, help=output)
 
     add = parser.add_argument_group("where and how").add_argument
-    data_dir = "of the published sets (data, beside this file)"
-    add("--data-dir", type=options.absolute_path, help=data_dir)
-    output_dir = "for what a run writes (%(default)s)"
-    add("--output-dir", type=options.home_path, default=Path(), help=output_dir)
-    seed = options.number(int, 0, 2**63 - 1)
-    add("--seed", type=seed, default=0, help="of all draws (%(default)s)")
+    sets = "of the published sets (data, beside this file)"
+    add("--data-dir", type=options.absolute_path, help=sets)
+    add("--output-dir", type=path, default=Path(), help="for what a run writes (%(default)s)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of all draws (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (%(default)s)")
     return parser
 
@@ -561,13 +551,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = devices.choose_device(args.device)
     first = processes.this_process().rank == 0
     files.make_writable(args.output.parent if args.sample_only else args.output_dir)
-    remedy = "Try a lower --batch-size or --base-channels, or smaller images"
-    if args.resume or args.sample_only:  # which keep to their sizes
-        remedy = "Try --device cpu, or close other programs"
+    may_shrink = not (args.resume or args.sample_only)
     with processes.joined(device, args.sample_only), heard_interruptions() as interruption:
         interruption.resumable = args.resume  # a new run is, once it has saved
         try:
-            with messages.memory_explained(remedy):
+            with messages.memory_explained(may_shrink):
                 if not args.sample_only:
                     train(args, device, interruption)
                 elif first:

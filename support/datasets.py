@@ -39,6 +39,10 @@ class Data(NamedTuple):
     held_out_labels: Tensor | None
     check_sums: list[int]  # by which a resumed run knows its images and labels
 
+    def batch(self, which: Tensor) -> Split:
+        """The images and labels with these numbers, int64 [B]."""
+        return self.images[which], None if self.labels is None else self.labels[which]
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         _, channels, height, width = self.images.shape

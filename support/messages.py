@@ -73,8 +73,11 @@ def not_vital(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def memory_explained(remedy: str) -> Iterator[None]:
-    """Too little memory, on whatever device, becomes one sentence; other errors stay."""
+def memory_explained(may_shrink: bool) -> Iterator[None]:
+    """Too little memory, on whatever device, becomes one sentence; other errors stay.
+
+    The remedy depends on whether the job may still take smaller sizes.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -82,6 +85,9 @@ def memory_explained(remedy: str) -> Iterator[None]:
         known = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
         if isinstance(error, RuntimeError) and not any(words in text for words in known):
             raise
+        remedy = "Try --device cpu, or close other programs"
+        if may_shrink:
+            remedy = "Try a lower --batch-size or --base-channels, or smaller images"
         raise OSError(f"there is too little memory ({text}). {remedy}") from None
 
 

@@ -20,6 +20,7 @@ class Run:
     path: Path  # of its checkpoint
     kept: Checkpoint  # what of it stays the same in a run
     losses: Tensor  # of the current epoch's steps, float32 [steps per epoch]
+    last_step: int  # at which it ends
     step: int = 0
     seconds: float = 0.0  # of training: neither looking nor drawing counts
     history: list[dict[str, float]] = field(default_factory=list)  # rows, as in train_log.csv
@@ -34,6 +35,10 @@ class Run:
         return len(self.history) + 1
 
     @property
+    def is_over(self) -> bool:
+        return self.step >= self.last_step
+
+    @property
     def start(self) -> int:
         """How many steps there are before the current epoch."""
         return len(self.history) * len(self.losses)
@@ -42,6 +47,11 @@ class Run:
     def epoch_is_complete(self) -> bool:
         """Whether all of its steps are done, so that it only has to be looked at."""
         return self.step == self.start + len(self.losses)
+
+    @property
+    def steps_left(self) -> slice:
+        """What is left to do of the current epoch's steps, counted from its start."""
+        return slice(self.step - self.start, self.last_step - self.start)
 
     def start_clock(self) -> None:
         self.clock = self.saved_at = time.monotonic()
@@ -89,10 +99,10 @@ class Run:
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.losses, self.history = saved["losses"].to(self.losses.device), saved["history"]
 
-    def say_what_comes(self, last_step: int, device: torch.device) -> None:
-        if self.step < last_step:
-            steps = f"from step {self.step} to {last_step}"
-            say(f"training on {device}, {steps}; each epoch gets a line")
-        else:
-            asked = f"{last_step} are asked for. Give more --epochs, or --max-steps"
+    def say_what_comes(self, device: torch.device) -> None:
+        if self.is_over:
+            asked = f"{self.last_step} are asked for. Give more --epochs, or --max-steps"
             say(f"nothing left to train: {self.path} is at step {self.step}, and {asked}")
+        else:
+            steps = f"from step {self.step} to {self.last_step}"
+            say(f"training on {device}, {steps}; each epoch gets a line")

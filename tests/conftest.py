@@ -104,9 +104,13 @@ def parsed(*options) -> argparse.Namespace:
 
 
 def run_program(*options, launcher=()) -> subprocess.CompletedProcess:
-    """`python LAUNCHER train_diffusion.py OPTIONS` in a process of its own."""
+    """`python LAUNCHER train_diffusion.py OPTIONS` in a process of its own.
+
+    As from a notebook whose backend is not installed: a program that only writes files needs none.
+    """
     words = [sys.executable, *launcher, ROOT / "train_diffusion.py", *options]
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=100)
+    settings = {"env": {**os.environ, "MPLBACKEND": "module://not_installed"}, "timeout": 100}
+    return subprocess.run(list(map(str, words)), capture_output=True, text=True, **settings)
 
 
 def checkpoint(folder: Path) -> dict:

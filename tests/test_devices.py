@@ -62,3 +62,26 @@ def test_a_real_gpu_trains_and_draws(name, small_data, tmp_path):
     assert run_main(*options, "--epochs", 2, pictures=True) == (0, "")
     history = checkpoint(tmp_path)["history"]
     assert history[1]["train_loss"] < history[0]["train_loss"]
+
+
+def test_bfloat16_is_taken_on_gpus_that_calculate_in_it_and_float16_nowhere(monkeypatch):
+    supported, autocast = mock.Mock(return_value=True), mock.Mock()
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", supported)
+    monkeypatch.setattr("torch.autocast", autocast)
+    cuda, cpu, mps = torch.device("cuda:0"), torch.device("cpu"), torch.device("mps")
+    assert devices.compute_dtype(cuda) == torch.bfloat16
+    supported.assert_called_with(including_emulation=False)  # which is slower than float32
+    devices.autocast(cuda)
+    autocast.assert_called_once_with("cuda", torch.bfloat16)
+    supported.return_value = False
+    for device in (cuda, cpu, mps):
+        assert devices.compute_dtype(device) == torch.float32
+        with devices.autocast(device):
+            pass
+    autocast.assert_called_once()
+
+
+def test_channels_come_last_but_on_apples_gpus():
+    assert devices.memory_format(torch.device("mps")) == torch.preserve_format
+    for name in ("cpu", "cuda:1"):
+        assert devices.memory_format(torch.device(name)) == torch.channels_last

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from forward_reverse_process import (
     NoiseScheduler,
+    ResidualBlock,
     SelfAttention,
     SinusoidalPositionalEmbedding,
     UNet,
@@ -54,6 +55,56 @@ def test_the_network_follows_pytorchs_default_dtype():
     finally:
         torch.set_default_dtype(torch.float32)
     assert noise_pred.dtype == torch.float64
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + (-x).exp())
+
+
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Every image's channels in eight groups, each with mean 0 and variance 1 (Wu, He 2018)."""
+    groups = x.unflatten(1, (8, -1)).flatten(2)
+    variance, mean = torch.var_mean(groups, dim=2, correction=0, keepdim=True)
+    normed = ((groups - mean) / (variance + 1e-5).sqrt()).reshape(x.shape)
+    return weight[:, None, None] * normed + bias[:, None, None]
+
+
+@pytest.mark.parametrize("out_channels", [8, 16])
+@torch.no_grad()
+def test_a_residual_block_is_its_formula(out_channels):
+    """The first half of the embedding's projection scales the channels, the second shifts them."""
+    block = trained(ResidualBlock(8, out_channels, embed_dim=6)).double()
+    x, embedding, w = normal(2, 8, 4, 6).double(), normal(2, 6).double(), block.state_dict()
+    h = silu(group_norm(x, w["norm1.weight"], w["norm1.bias"]))
+    h = F.conv2d(h, w["conv1.weight"], w["conv1.bias"], padding=1)
+    h = group_norm(h, w["norm2.weight"], w["norm2.bias"])
+    projection = embedding @ w["time_proj.weight"].T + w["time_proj.bias"]
+    scale, shift = projection[:, :out_channels], projection[:, out_channels:]
+    h = silu(h * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    h = F.conv2d(h, w["conv2.weight"], w["conv2.bias"], padding=1)
+    past = x if out_channels == 8 else F.conv2d(x, w["shortcut.weight"], w["shortcut.bias"])
+    assert_same(block(x, embedding), past + h)
+
+
+@torch.no_grad()
+def test_every_block_is_told_time_and_label_by_the_same_vector(network):
+    """SiLU of the sum of both embeddings; that of the time passes two layers with SiLU between."""
+    w, seen = network.state_dict(), []
+    blocks = [part for part in network.modules() if isinstance(part, ResidualBlock)]
+    hooks = [
+        block.register_forward_pre_hook(lambda block, inputs: seen.append(inputs[1]))
+        for block in blocks
+    ]
+    network(X_T, TIMESTEPS, LABELS)
+    for hook in hooks:
+        hook.remove()
+    waves = SinusoidalPositionalEmbedding(48)(TIMESTEPS)
+    time = silu(waves @ w["time_embedding.1.weight"].T + w["time_embedding.1.bias"])
+    time = time @ w["time_embedding.3.weight"].T + w["time_embedding.3.bias"]
+    expected = silu(time + w["label_embedding.weight"][LABELS])
+    assert len(seen) == len(blocks) == 7
+    for embedding in seen:
+        assert_same(embedding, expected, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -145,15 +145,15 @@ def test_own_images_through_training_resume_and_drawing(images, labels, tmp_path
 
 FRESH = """
 import os, signal, sys, torch
-os.environ["MPLBACKEND"] = "not installed"
+os.environ["MPLBACKEND"] = "svg"
 
 def state():
     handlers = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     return dict(os.environ), os.listdir(), handlers, torch.get_rng_state().tolist()
 
 before = state()
-import train_diffusion
-assert state() == before
+import train_diffusion, matplotlib
+assert state() == before and matplotlib.get_backend() == "svg"
 if os.path.exists("/dev/full"):
     os.dup2(os.open("/dev/full", os.O_WRONLY), sys.stdout.fileno())
     os.close(sys.stderr.fileno())
@@ -163,7 +163,8 @@ if os.path.exists("/dev/full"):
 
 
 def test_importing_changes_nothing_and_a_run_with_nowhere_to_print_ends_well(small_data, tmp_path):
-    """No file, variable of the environment, signal handler or random state.
+    """No file, variable of the environment, signal handler or random state; and a notebook, whose
+    backend matplotlib looks for but once, still shows its pictures.
 
     Both in one new interpreter, since its imports take seconds.
     """
