@@ -41,22 +41,32 @@ def test_printing_never_ends_a_run_and_spells_out_what_a_terminal_lacks(tmp_path
     assert (tmp_path / "full").read_bytes() == b""
 
 
-@pytest.mark.parametrize("kind", [torch.cuda.OutOfMemoryError, MemoryError, RuntimeError])
-def test_too_little_memory_gets_one_line(small_data, tmp_path, resume, monkeypatch, kind):
+ALLOCATOR = "[enforce fail at alloc.cpp] err == 0. DefaultCPUAllocator:\ncan't allocate memory"
+CUDA = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 8 GiB,\nof which"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError(CUDA), MemoryError(), RuntimeError(ALLOCATOR)]
+)
+def test_too_little_memory_gets_one_line(error):
     """As a GPU's allocator, Python and a CPU's allocator say it; other errors are no user's."""
-    problem = "[enforce fail at alloc.cpp] err == 0. DefaultCPUAllocator:\ncan't allocate memory"
-    if kind is torch.cuda.OutOfMemoryError:
-        problem = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 8 GiB,\nof which"
-    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=kind(problem)))
+    for may_shrink, remedy in ((True, "Try a lower --batch-size"), (False, "Try --device cpu")):
+        with pytest.raises(OSError, match="^there is too little memory .*") as explained:
+            with messages.memory_explained(may_shrink):
+                raise error
+        assert remedy in str(explained.value) and "\n" not in str(explained.value)
+    with pytest.raises(RuntimeError, match="unsupported"), messages.memory_explained(True):
+        raise RuntimeError("unsupported memory format option")
+
+
+def test_a_resumed_run_that_lacks_memory_is_not_told_to_change_its_sizes(
+    small_data, tmp_path, resume, monkeypatch
+):
+    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=MemoryError))
     code, message = run_main(*resume)
-    assert code == 1 and message.startswith("there is too little memory (") and "\n" not in message
-    assert "--device cpu" in message and "--batch-size" not in message  # which a run keeps
+    assert code == 1 and "--device cpu" in message and "--batch-size" not in message
     new_run = [*TINY, "--data-dir", small_data, "--output-dir", tmp_path / "new"]
     assert "Try a lower --batch-size" in run_main(*new_run)[1]
-    bug = RuntimeError("unsupported memory format option")
-    monkeypatch.setattr(program, "training_loss", mock.Mock(side_effect=bug))
-    with pytest.raises(RuntimeError, match="unsupported"):
-        program.main([str(option) for option in resume])
 
 
 @pytest.mark.parametrize("options, status", [(["--device", "x"], 2), (["--data-dir", "docs"], 1)])

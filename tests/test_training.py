@@ -278,7 +278,7 @@ def test_a_tiny_network_learns_ten_images_and_draws_the_one_that_is_asked_for():
     torch.manual_seed(0)
     images, labels = torch.randint(2, (10, 1, 8, 8)) * 2.0 - 1, torch.arange(40) % 10
     scheduler, steps = NoiseScheduler(50), 80
-    model = UNet(scheduler, (1, 8, 8), base_channels=24, num_classes=10)
+    model = UNet(scheduler, (1, 8, 8), base_channels=16, num_classes=10)
     optimizers = make_optimizers(model, "muon")
     for step in range(steps):
         y = labels.masked_fill(torch.rand(40) < 0.1, model.no_label)
