@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
-from support import checkpoints, datasets, devices, files, messages, options, pictures, processes
+from support import checkpoints, datasets, files, messages, options, pictures, processes
 from support.checkpoints import Checkpoint, NetworkShape, Schedule
 from support.datasets import load_images as load_images  # for whoever imports it from here
+from support.devices import autocast, choose_device, memory_format
 from support.interruption import Interruption, heard_interruptions
 from support.messages import say
 from support.optimizers import LEARNING_RATES, make_optimizers
@@ -113,8 +114,7 @@ def training_step(
     Args:
         images, labels: uint8 [B, C, H, W] and int64 [B], or None: no label for all.
         step: how many steps came before.
-        lr: the learning rate.
-        label_dropout: share of the labels to drop.
+        lr, label_dropout: the learning rate, and the share of the labels to drop.
         generator: for all random draws, on the images' device.
     """
     model, device = learner.model, images.device
@@ -130,7 +130,7 @@ def training_step(
         labels = processes.share(labels.masked_fill(dropped, model.no_label))
 
     # Predict the noise, in bfloat16 where the GPU has it.
-    with devices.autocast(device):
+    with autocast(device):
         loss = training_loss(model, scheduler, x_0, labels, t, noise).mean()
 
     # Learn: one step down the gradient, which is the mean over all processes.
@@ -280,7 +280,7 @@ def build_model(
     """A new network and its schedule, on the device."""
     scheduler = NoiseScheduler(**schedule).to(device)
     model = UNet(scheduler, **shape).to(device)
-    return model.to(memory_format=devices.memory_format(device)), scheduler
+    return model.to(memory_format=memory_format(device)), scheduler
 
 
 # --- The loop of training -------------------------------------------------------------------------
@@ -548,7 +548,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     broke, each with a sentence for the user; KeyboardInterrupt(signal number) when interrupted.
     """
     args = options.parse_options(make_parser(), argv)
-    device = devices.choose_device(args.device)
+    device = choose_device(args.device)
     first = processes.this_process().rank == 0
     files.make_writable(args.output.parent if args.sample_only else args.output_dir)
     may_shrink = not (args.resume or args.sample_only)
