@@ -31,7 +31,7 @@ from support.checkpoints import Checkpoint, NetworkShape, Schedule
 from support.datasets import load_images as load_images  # for whoever imports it from here
 from support.devices import autocast, choose_device, memory_format
 from support.interruption import Interruption, heard_interruptions
-from support.messages import say
+from support.messages import InputError, say
 from support.optimizers import LEARNING_RATES, make_optimizers
 from support.run import Run
 
@@ -82,7 +82,7 @@ def training_loss(
 
 @dataclass
 class Learner:
-    """What a training step changes, and what a checkpoint holds of it."""
+    """What a training step changes. `state` is its part of a checkpoint."""
 
     model: UNet
     ema: UNet  # an average of the weights, smoother than the latest ones: it draws
@@ -109,7 +109,7 @@ def training_step(
     label_dropout: float = 0.1,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """DDPM's Algorithm 1 on a batch. Returns the loss, nan if it or its gradient is not finite.
+    """DDPM's Algorithm 1 on a batch. Returns the mean loss, nan if the gradient is not finite.
 
     Args:
         images, labels: uint8 [B, C, H, W] and int64 [B], or None: no label for all.
@@ -119,8 +119,8 @@ def training_step(
     """
     model, device = learner.model, images.device
 
-    # Draw a timestep and noise for every image, and whose label to drop (`guided_noise` asks the
-    # network without one too). Of several processes, each then works on its share of the batch.
+    # Draw a timestep and noise for every image, and whose label to drop: guidance needs predictions
+    # without one too. Several processes draw alike for the whole batch; each keeps its share.
     x_0 = processes.share(to_model(images))
     t = torch.randint(scheduler.num_timesteps, (len(images),), generator=generator, device=device)
     noise = torch.randn(images.shape, generator=generator, device=device)
@@ -268,8 +268,9 @@ def load_model(
     """The averaged network in a checkpoint (by default the repository's own), and its schedule."""
     path = Path(path).expanduser()
     saved = checkpoints.load_checkpoint(path)
-    with messages.explained(path, "holds another network than this program's", "Name another one"):
-        model, scheduler = build_model(saved["scheduler"], saved["unet"], torch.device(device))
+    model, scheduler = build_model(saved["scheduler"], saved["unet"], torch.device(device))
+    problem, remedy = "holds another network than this program's", "Name another one"
+    with messages.explained(path, problem, remedy, (RuntimeError,)):
         model.load_state_dict(saved["ema"])
     return model.eval(), scheduler
 
@@ -287,7 +288,7 @@ def build_model(
 
 WARMUP_STEPS = 200  # training steps in which the learning rate rises
 CHECK_EVERY = 20  # training steps between two looks at the loss; each makes the CPU wait for a GPU
-SAVE_EVERY = 300  # seconds between checkpoints within an epoch: so much may a killed run lose
+SAVE_EVERY = 300  # seconds between checkpoints within an epoch: about so much a killed run loses
 
 
 def train(args: argparse.Namespace, device: torch.device, interruption: Interruption) -> None:
@@ -303,7 +304,7 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     # Load.
     data = datasets.load_data(args.dataset, args.data_dir, device, args.label_dropout < 1)
     if args.batch_size > len(data.images):
-        raise ValueError(f"argument --batch-size: only {len(data.images)} images are to train on")
+        raise InputError(f"argument --batch-size: only {len(data.images)} images are to train on")
     steps_per_epoch = len(data.images) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
 
@@ -317,10 +318,10 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     torch.manual_seed(args.seed)  # for the initial weights; later draws have their own generators
     model, scheduler = build_model(schedule, shape, device)
     learner = Learner(model, copy.deepcopy(model).eval(), make_optimizers(model, args.optimizer))
-    weights: Checkpoint = {"scheduler": schedule, "unet": shape, "ema": learner.ema.state_dict()}
-    kept: Checkpoint = {**weights, "settings": args.settings, "check_sums": data.check_sums}
-    last_step = min(total_steps, args.max_steps or total_steps)
-    run = Run(path, kept, torch.zeros(steps_per_epoch, device=device), last_step)
+    built: Checkpoint = {"scheduler": schedule, "unet": shape}
+    constant: Checkpoint = {**built, "settings": args.settings, "check_sums": data.check_sums}
+    losses = torch.zeros(steps_per_epoch, device=device)  # one for each step of an epoch
+    run = Run(path, constant, losses, min(total_steps, args.max_steps or total_steps))
 
     # Resume, or save at once, so that a run can be resumed whenever it is interrupted.
     if args.resume:
@@ -339,29 +340,32 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         draws = generator_for(f"epoch {run.epoch}", args.seed)
         order = torch.randperm(len(data.images), generator=draws).to(device)
         batches = order[: steps_per_epoch * args.batch_size].view(steps_per_epoch, -1)
-        left = list(batches[run.steps_left])
+        left = list(batches[run.rest_of_epoch])
         bar = messages.progress_bar(left, f"epoch {run.epoch}", first)
         interruption.deferred = True
         run.start_clock()
         for which in bar:
-            # The learning rate rises over the first steps, then falls on a line, to 0 at the end.
+            # The learning rate: a factor that rises to 1 in the first steps, and one that falls on
+            # a line to 0. Draws depend on the step alone, so that a resumed run repeats them.
             lr = args.lr * min(1, (run.step + 1) / WARMUP_STEPS) * (1 - run.step / total_steps)
             draws = generator_for(f"step {run.step}", args.seed, device)
-            how = run.step, lr, args.label_dropout, draws
             images, labels = data.batch(which)
-            run.count(training_step(learner, scheduler, images, labels, *how))
+            loss = training_step(
+                learner, scheduler, images, labels, run.step, lr, args.label_dropout, draws
+            )
+            run.count(loss)
 
             if run.step % CHECK_EVERY == 0:
                 run.stop_if_not_finite()
                 bar.set_postfix(loss=f"{run.mean_loss():.4f}")
                 if run.clock - run.saved_at > SAVE_EVERY:
                     run.save(learner.state())
-            meet = alone or run.step % CHECK_EVERY == 0  # processes wait for each other
-            if meet and processes.any_process(interruption.received, device):
+            all_meet = alone or run.step % CHECK_EVERY == 0  # processes wait for each other
+            if all_meet and processes.any_process(interruption.received, device):
                 break
         bar.close()
 
-        # Save first, then look: an interruption after this ends the run and loses nothing.
+        # Save first, then look. So an interrupted look loses no training: --resume repeats it.
         run.stop_if_not_finite()
         run.save(learner.state())
         interruption.deferred = not alone
@@ -369,24 +373,25 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
             raise KeyboardInterrupt(*interruption.received)
         row = look(args, data, scheduler, learner.ema, run) if first else {}
         if run.epoch_is_complete:  # else --max-steps cut it short; --resume completes it
-            run.history.append(row)
+            run.end_epoch(row)
             run.save(learner.state())  # with the row, so that a resumed run does not look again
 
     if first:
-        with messages.not_vital(folder / "weights.pt") as file:
-            checkpoints.save_checkpoint(file, weights)
+        with messages.not_vital("weights.pt"):
+            averaged: Checkpoint = {**built, "ema": learner.ema.state_dict()}
+            checkpoints.save_checkpoint(folder / "weights.pt", averaged)
         draw_denoising(folder, learner.ema, scheduler, args)
         done = f"{run.step} steps, {run.seconds / 60:.1f} min of training"
         say(f"done: {done}; all files are in {folder}")
         command = options.command_line(SCRIPT, "--sample-only", f"--checkpoint={path}")
         say(f"draw more: {command}")
-    processes.any_process(False, device)  # nobody leaves before all are done
+    processes.wait_for_all(device)
 
 
 def look(
     args: argparse.Namespace, data: datasets.Data, scheduler: NoiseScheduler, ema: UNet, run: Run
 ) -> dict[str, float]:
-    """After an epoch: the held-out loss, the log and its curve, now and then a grid. Its row."""
+    """After an epoch: the held-out loss, the log, its curve, at times a grid. Returns the row."""
     folder, classes = args.output_dir, data.num_classes
     held_out = data.held_out_images, data.held_out_labels
     t, errors = held_out_loss(ema, scheduler, *held_out, args.seed)
@@ -544,14 +549,14 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The program, with these options or those of the command line.
 
-    Raises ValueError or FileNotFoundError for what was asked, OSError or ArithmeticError for what
-    broke, each with a sentence for the user; KeyboardInterrupt(signal number) when interrupted.
+    Raises UserError, with a sentence for the user, for what was asked and for what broke;
+    KeyboardInterrupt(signal number) when interrupted.
     """
     args = options.parse_options(make_parser(), argv)
     device = choose_device(args.device)
     first = processes.this_process().rank == 0
     files.make_writable(args.output.parent if args.sample_only else args.output_dir)
-    may_shrink = not (args.resume or args.sample_only)
+    may_shrink = not (args.resume or args.sample_only)  # which keep to the sizes of a checkpoint
     with processes.joined(device, args.sample_only), heard_interruptions() as interruption:
         interruption.resumable = args.resume  # a new run is, once it has saved
         try:

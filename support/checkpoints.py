@@ -1,7 +1,9 @@
 """Checkpoints: what is in one, how it is written and read, and how an earlier one is kept."""
 
 import itertools
+import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import TypedDict, cast
 
@@ -9,9 +11,12 @@ import torch
 from torch import Tensor
 
 from support.files import write_file
-from support.messages import explained, say
+from support.messages import FileError, MissingFileError, explained, say
 
 CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
+# What zipfile and torch.load raise at a file that is not whole, or that wants to run code.
+BROKEN: tuple[type[Exception], ...] = (zipfile.BadZipFile, NotImplementedError, EOFError)
+BROKEN += (ValueError, RuntimeError, pickle.UnpicklingError, zlib.error)
 
 
 class Schedule(TypedDict):
@@ -55,14 +60,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """Read what `save_checkpoint` wrote. A file from a stranger cannot run code."""
     remedy = "Train first, or name another by --checkpoint or, to resume, --output-dir"
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}. {remedy}")
-    with explained(path, "is damaged or no checkpoint", remedy):
+        raise MissingFileError(f"no checkpoint at {path}. {remedy}")
+    problem = "is damaged or no checkpoint"
+    with explained(path, problem, remedy, BROKEN):
         with zipfile.ZipFile(path) as file:  # as which a checkpoint is written, with check sums
             if file.testzip():
-                raise ValueError("a check sum is wrong")
+                raise zipfile.BadZipFile("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError("it is of another version of this program")
+    ours = isinstance(state, dict) and state.get("format") == CHECKPOINT_FORMAT
+    if not ours or not {"scheduler", "unet", "ema"} <= state.keys():
+        raise FileError(f"{path} {problem} (it is of another program or version). {remedy}")
     return cast(Checkpoint, state)
 
 

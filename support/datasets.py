@@ -4,10 +4,12 @@ Files hold images as uint8 [N, H, W] or [N, H, W, 3], tensors as uint8 [N, C, H,
 """
 
 import gzip
+import http.client
 import os
 import socket
 import sys
 import tempfile
+import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +22,14 @@ from torch import Tensor
 from torchvision import datasets
 
 from support.files import REPOSITORY
-from support.messages import explained, one_line, say
+from support.messages import (
+    FileError,
+    InputError,
+    MissingFileError,
+    explained,
+    one_line,
+    say,
+)
 
 IDX_SETS = ("MNIST", "FashionMNIST", "KMNIST")  # published in MNIST's file format, called idx
 MAX_LABEL = 9999  # every label up to the largest has a row in the network
@@ -93,7 +102,7 @@ def load_images(dataset: str = "MNIST", data_dir: str | Path | None = None) -> l
 def read_idx(path: Path) -> NDArray[np.uint8]:
     """An idx file, packed or not: 0, 0, 8 (for uint8), how many axes, their sizes, the data."""
     remedy = "Put the published file in its place, or delete it and run again with a network"
-    with explained(path, "is damaged", remedy):
+    with explained(path, "is damaged", remedy, (ValueError, EOFError, zlib.error)):
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             content = bytearray(file.read())
         if content[:3] != b"\0\0\x08":
@@ -118,11 +127,11 @@ def download(mirrors: list[str], path: Path, md5: str) -> None:
                 try:
                     datasets.utils.download_url(address, folder.name, path.name, md5)
                     return os.replace(Path(folder.name) / path.name, path)
-                except Exception as error:  # of many kinds, from URLError to RuntimeError
+                except (OSError, RuntimeError, http.client.HTTPException) as error:
                     causes.append(f"{address}: {one_line(error)}")
     finally:
         socket.setdefaulttimeout(before)
-    raise OSError(
+    raise FileError(
         f"{path} is missing, and no address gave it ({'; '.join(causes)}). Put the published file "
         "there, run again with a network, or name another --data-dir"
     )
@@ -131,20 +140,21 @@ def download(mirrors: list[str], path: Path, md5: str) -> None:
 def read_npz(path: Path) -> list[Split]:
     """Both splits of an .npz file; the last images are held out if there is but one."""
     if not path.is_file():
-        raise FileNotFoundError(f"argument --dataset: there is no file {path}")
-    with explained(path, "cannot be read", "Write it with numpy.savez, from plain arrays"):
+        raise MissingFileError(f"argument --dataset: there is no file {path}")
+    broken = (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError, KeyError, zlib.error)
+    with explained(path, "cannot be read", "Write it with numpy.savez, from plain arrays", broken):
         with np.load(path, allow_pickle=False) as file:
             names = [name for name in ("images", "train_images", "x_train") if name in file][:1]
             names += [name for name in ("test_images", "x_test") if names and name in file][:1]
             labels = [name.replace("images", "labels").replace("x_", "y_") for name in names]
             arrays = [(file[x], file[y] if y in file else None) for x, y in zip(names, labels)]
     if not arrays:
-        raise ValueError(f"{path}: there is no array called images (or train_images, x_train)")
+        raise InputError(f"{path}: there is no array called images (or train_images, x_train)")
     splits = [to_tensors(path, *pair) for pair in arrays]
     if len(splits) == 1:
         cut = len(splits[0][0]) * (HELD_OUT_SHARE - 1) // HELD_OUT_SHARE
         if not cut:
-            raise ValueError(f"{path}: there must be at least two images, one of them to hold out")
+            raise InputError(f"{path}: there must be at least two images, one of them to hold out")
         images, both = splits[0]
         parts = (slice(None, cut), slice(cut, None))
         splits = [(images[part], both if both is None else both[part]) for part in parts]
@@ -155,10 +165,10 @@ def matching(path: Path, splits: list[Split]) -> list[Split]:
     """Both splits, if images to train on and held-out ones are of a kind."""
     (images, labels), (test_images, test_labels) = splits
     if images.shape[1:] != test_images.shape[1:] or (labels is None) != (test_labels is None):
-        raise ValueError(f"{path}: one split has other shapes, or labels where the other has not")
+        raise InputError(f"{path}: one split has other shapes, or labels where the other has not")
     if labels is not None and test_labels is not None:
         if not torch.isin(test_labels, labels).all():
-            raise ValueError(f"{path}: only held-out images have some label. Shuffle the images")
+            raise InputError(f"{path}: only held-out images have some label. Shuffle the images")
         if unused := set(range(int(labels.max()))) - set(labels.tolist()):
             without = f"no image has the label {min(unused)}, so drawing it will give nonsense"
             say(f"warning: {path}: {without}. Number labels from 0, without gaps", sys.stderr)
@@ -171,17 +181,17 @@ def to_tensors(path: Path, images: NDArray[np.uint8], labels: NDArray[np.generic
     if images.ndim == 3:
         images = images[..., None]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 1 or 3], {found}")
+        raise InputError(f"{path}: images must be uint8 [N, H, W] or [N, H, W, 1 or 3], {found}")
     if not images.size or images.shape[1] % 4 or images.shape[2] % 4:
         problem = "there must be images, and 4 must divide their height and width"
-        raise ValueError(f"{path}: {problem}, {found}. Pad or resize them")
+        raise InputError(f"{path}: {problem}, {found}. Pad or resize them")
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
     if labels is None:
         return tensor, None
     labels = labels.reshape(-1) if labels.shape[1:] == (1,) else labels
     good = labels.dtype.kind in "iuf" and labels.shape == (len(images),)
     if not good or not np.isin(labels, np.arange(MAX_LABEL + 1)).all():
-        raise ValueError(
+        raise InputError(
             f"{path}: labels must be whole numbers from 0 to {MAX_LABEL}, one for each image"
         )
     return tensor, torch.from_numpy(labels.astype(np.int64))
@@ -208,17 +218,17 @@ def labels_to_draw(
     many as `default` are asked for.
     """
     if num_samples is not None and num_samples < 1:
-        raise ValueError(f"num_samples (--num-samples) must be 1 or more, not {num_samples}")
+        raise InputError(f"num_samples (--num-samples) must be 1 or more, not {num_samples}")
     if labels is None:
         num_samples = num_samples or default
         return num_samples, torch.arange(num_samples) % num_classes if num_classes else None
     if num_classes is None:
-        raise ValueError("labels (--labels): this model was trained without labels")
+        raise InputError("labels (--labels): this model was trained without labels")
     array = labels.numpy(force=True) if isinstance(labels, Tensor) else np.array(labels)
     array = array.reshape(-1)
     good = len(array) and array.dtype.kind in "iu"  # whole numbers, with a sign or without
     if not good or not np.isin(array, np.arange(num_classes)).all():
-        raise ValueError(f"labels (--labels) must be whole numbers from 0 to {num_classes - 1}")
+        raise InputError(f"labels (--labels) must be whole numbers from 0 to {num_classes - 1}")
     if num_samples not in (None, len(array)):
-        raise ValueError(f"num_samples (--num-samples) is {num_samples} for {len(array)} labels")
+        raise InputError(f"num_samples (--num-samples) is {num_samples} for {len(array)} labels")
     return len(array), torch.from_numpy(array.astype(np.int64))

@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 
-from support.messages import one_line, say
+from support.messages import InputError, one_line, say
 from support.processes import this_process
 
 
@@ -19,16 +19,16 @@ def choose_device(name: str = "auto") -> torch.device:
         try:
             device = torch.device(f"cuda:{me.local_rank}" if candidate == "cuda" else candidate)
             if candidate not in ("cuda", "cpu") and me.world_size > 1:
-                raise ValueError("it serves one process alone")
+                raise RuntimeError("it serves one process alone")
             x = torch.ones(1, 1, 3, 3, device=device)
             F.conv2d(x, x).item()  # a GPU may be too old for this PyTorch, taken, or broken
             if device.type == "cuda":
                 torch.cuda.set_device(device)
             break
-        except Exception as error:  # of many kinds
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
             problem = f"argument --device: {candidate} cannot be used ({one_line(error)})"
             if candidate in (name, "cpu") or me.world_size > 1:  # each process needs its own
-                raise ValueError(f"{problem}. Try --device cpu") from None
+                raise InputError(f"{problem}. Try --device cpu") from None
             say(f"{problem}; trying the next", sys.stderr)
     return device
 

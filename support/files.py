@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
-from support.messages import explained, not_vital
+from support.messages import InputError, explained, not_vital
 
 REPOSITORY = Path(__file__).resolve().parents[1]  # the folder of data and pretrained.pt
 
@@ -39,7 +39,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def write_log(path: Path, rows: list[dict[str, float]]) -> None:
     """A table with commas, as spreadsheets read it."""
-    with not_vital(path):
+    with not_vital(path.name):
         names = list(rows[-1])
         lines = [",".join(names), *(",".join(str(row[name]) for name in names) for row in rows)]
         write_file(path, lambda file: file.write("".join(x + "\n" for x in lines).encode()))
@@ -48,6 +48,6 @@ def write_log(path: Path, rows: list[dict[str, float]]) -> None:
 def make_writable(folder: Path) -> None:
     """Make the folder that a run writes to, and try it before any work is done."""
     remedy = "Choose another --output-dir or --output"
-    with explained(folder, "cannot be written to", remedy, ValueError):
+    with explained(folder, "cannot be written to", remedy, kind=InputError):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()

@@ -48,59 +48,99 @@ def one_line(error: BaseException) -> str:
     return textwrap.shorten(text, 300).rstrip(".:") or type(error).__name__
 
 
+class UserError(Exception):
+    """Something that a user can mend, told in a sentence for the user. All else is a bug."""
+
+    status = 1  # the program's exit status: 1 for what broke, 2 for what was asked
+
+
+class InputError(UserError, ValueError):
+    """What was typed or given makes no sense."""
+
+    status = 2
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """There is no file of the name that was given."""
+
+    status = 2
+
+
+class FileError(UserError, OSError):
+    """A file cannot be read or written."""
+
+
+class DivergedError(UserError, ArithmeticError):
+    """Nothing is learned any more."""
+
+
 @contextlib.contextmanager
 def explained(
-    path: Path, problem: str, remedy: str, kind: type[Exception] = OSError
+    path: Path,
+    problem: str,
+    remedy: str,
+    causes: tuple[type[Exception], ...] = (),
+    kind: type[UserError] = FileError,
 ) -> Iterator[None]:
-    """Whatever goes wrong in this block becomes one sentence that names file, cause and remedy."""
+    """A file's trouble in this block becomes one sentence that names file, cause and remedy.
+
+    That is an OSError, or one of the other causes that the library in the block raises.
+    """
+    caught: tuple[type[Exception], ...] = (OSError, *causes)
     try:
         yield
     except PermissionError as error:
         raise kind(f"{path} is not yours to use ({error.strerror}). {remedy}") from None
     except MemoryError as error:
-        raise OSError(f"there is too little memory for {path} ({one_line(error)})") from None
-    except Exception as error:  # libraries raise anything from KeyError to zlib.error
+        raise FileError(f"there is too little memory for {path} ({one_line(error)})") from None
+    except caught as error:
         raise kind(f"{path} {problem} ({one_line(error)}). {remedy}") from None
 
 
+def lacks_memory(error: Exception) -> bool:
+    """Whether Python, PyTorch's CPU allocator or a GPU ran out of memory."""
+    known = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or any(words in str(error) for words in known)
+
+
 @contextlib.contextmanager
-def not_vital(path: Path) -> Iterator[Path]:
-    """Pictures and logs never end a run: if one cannot be made or written, one line says so."""
+def not_vital(what: str) -> Iterator[None]:
+    """Pictures and logs never end a run: without room or memory for one, a line says so."""
     try:
-        yield path
-    except Exception as error:
-        say(f"warning: no {path.name}: {one_line(error)}", sys.stderr)
+        yield
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not lacks_memory(error):
+            raise
+        say(f"warning: no {what}: {one_line(error)}", sys.stderr)
 
 
 @contextlib.contextmanager
 def memory_explained(may_shrink: bool) -> Iterator[None]:
-    """Too little memory, on whatever device, becomes one sentence; other errors stay.
+    """Too little memory, on whatever device, becomes one sentence.
 
     The remedy depends on whether the job may still take smaller sizes.
     """
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
-        text = one_line(error)
-        known = ("out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED")
-        if isinstance(error, RuntimeError) and not any(words in text for words in known):
+    except (MemoryError, RuntimeError) as error:
+        if not lacks_memory(error):
             raise
         remedy = "Try --device cpu, or close other programs"
         if may_shrink:
             remedy = "Try a lower --batch-size or --base-channels, or smaller images"
-        raise OSError(f"there is too little memory ({text}). {remedy}") from None
+        raise UserError(f"there is too little memory ({one_line(error)}). {remedy}") from None
 
 
 @contextlib.contextmanager
 def exit_status(program: str) -> Iterator[None]:
-    """End the program as a shell expects it: an error is one line, and its kind is the status.
+    """End the program as a shell expects it: what a user can mend is one line and its status.
 
-    2 for what was typed, 1 for what broke, 128 + the signal's number for an interruption.
+    An interruption gives 128 + the signal's number. A bug keeps its traceback.
     """
     try:
         yield
     except KeyboardInterrupt as interrupt:
         sys.exit(128 + (interrupt.args or [signal.SIGINT])[0])
-    except (ValueError, OSError, ArithmeticError) as error:
+    except UserError as error:
         say(f"{program}: error: {error}", sys.stderr)
-        sys.exit(2 if isinstance(error, (ValueError, FileNotFoundError)) else 1)
+        sys.exit(error.status)

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from support.checkpoints import load_checkpoint
 from support.datasets import IDX_SETS
-from support.messages import say
+from support.messages import InputError, say
 from support.optimizers import LEARNING_RATES
 from support.processes import this_process
 
@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse, but an error is an exception and no exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help explains every option)")
+        raise InputError(f"{message} (--help explains every option)")
 
 
 # --- Types of options -----------------------------------------------------------------------------
@@ -100,7 +100,7 @@ def resumed_options(parser: Parser, argv: Sequence[str] | None, path: Path) -> a
     """The options of the run in this checkpoint. What is typed wins, where it may."""
     saved = load_checkpoint(path)
     if "settings" not in saved:
-        raise ValueError(f"--resume: {path} holds weights to draw with, not a run")
+        raise InputError(f"--resume: {path} holds weights to draw with, not a run")
     parser.set_defaults(saved=saved, **saved["settings"])
     args = parser.parse_args(argv)
     for name, old in saved["settings"].items():

@@ -52,7 +52,7 @@ def grid_image(images: Tensor, num_classes: int | None) -> Image.Image:
 
 def draw_grid(path: Path, images: Tensor, num_classes: int | None) -> None:
     """The same as a PNG."""
-    with not_vital(path):
+    with not_vital(path.name):
         write_file(path, lambda file: grid_image(images, num_classes).save(file, "PNG"))
 
 
@@ -77,7 +77,7 @@ def write_images(
 
 def draw_gif(path: Path, grids: Sequence[Tensor], num_classes: int | None) -> None:
     """Grids of uint8 images [N, C, H, W], one after the other; the last stays for a while."""
-    with not_vital(path):
+    with not_vital(path.name):
         last_first = grids[:: -math.ceil(len(grids) / 50)]  # at most 50
         frames = []
         for images in reversed(last_first):
@@ -94,7 +94,7 @@ def draw_gif(path: Path, grids: Sequence[Tensor], num_classes: int | None) -> No
 @contextlib.contextmanager
 def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure of so many inches to draw on, with matplotlib's own settings; a PNG in the end."""
-    with not_vital(path), matplotlib.style.context("default"):
+    with not_vital(path.name), matplotlib.style.context("default"):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))

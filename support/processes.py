@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from support.messages import UserError, one_line
+
 
 class Process(NamedTuple):
     """One of `world_size` processes. A program that runs alone is the first of one."""
@@ -71,8 +73,8 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
         try:
             dist.all_reduce(tensor)
         except RuntimeError as error:  # mostly: the connection is closed
-            cause = " ".join(str(error).split()).partition(". ")[0]
-            raise OSError(f"another process cannot be reached; see its words ({cause})") from None
+            cause = one_line(error).partition(". ")[0]
+            raise UserError(f"another process cannot be reached; see its words ({cause})") from None
     return tensor
 
 
@@ -83,6 +85,11 @@ def average(tensors: list[Tensor]) -> None:
         means = sum_over_processes(torch.cat([x.flatten() for x in tensors])) / world_size
         for tensor, mean in zip(tensors, means.split([x.numel() for x in tensors])):
             tensor.copy_(mean.view(tensor.shape))
+
+
+def wait_for_all(device: torch.device) -> None:
+    """Nobody goes on from here before all have come."""
+    any_process(False, device)
 
 
 def any_process(flag: object, device: torch.device) -> bool:

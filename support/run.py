@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from support.checkpoints import Checkpoint, keep_earlier, save_checkpoint
-from support.messages import explained, say
+from support.messages import DivergedError, InputError, explained, say
 from support.processes import this_process
 
 
@@ -18,7 +18,7 @@ class Run:
     """What a run has done so far. Epochs count from 1; one that was looked at has a row."""
 
     path: Path  # of its checkpoint
-    kept: Checkpoint  # what of it stays the same in a run
+    constant: Checkpoint  # what of it stays the same in a run
     losses: Tensor  # of the current epoch's steps, float32 [steps per epoch]
     last_step: int  # at which it ends
     step: int = 0
@@ -49,8 +49,8 @@ class Run:
         return self.step == self.start + len(self.losses)
 
     @property
-    def steps_left(self) -> slice:
-        """What is left to do of the current epoch's steps, counted from its start."""
+    def rest_of_epoch(self) -> slice:
+        """Which of the current epoch's steps are left to do, counted from its start."""
         return slice(self.step - self.start, self.last_step - self.start)
 
     def start_clock(self) -> None:
@@ -71,7 +71,11 @@ class Run:
         bad = (~self.losses[: self.step - self.start].isfinite()).nonzero().flatten().tolist()
         if bad:
             problem = f"the loss is not finite at step {self.start + bad[0] + 1}. Try a lower --lr"
-            raise ArithmeticError(f"{problem}. {self.path} holds the last good state")
+            raise DivergedError(f"{problem}. {self.path} holds the last good state")
+
+    def end_epoch(self, row: dict[str, float]) -> None:
+        """The current epoch was looked at: the next one is the current one."""
+        self.history.append(row)
 
     # --- its checkpoint ---------------------------------------------------------------------------
 
@@ -85,16 +89,17 @@ class Run:
         """Write all that a run needs to go on; the first process does it for all."""
         own: Checkpoint = {"step": self.step, "seconds": self.seconds, "losses": self.losses}
         if this_process().rank == 0:
-            save_checkpoint(self.path, {**self.kept, **learned, **own, "history": self.history})
+            save_checkpoint(self.path, {**self.constant, **learned, **own, "history": self.history})
         self.saved_at = time.monotonic()
 
     def resume(self, saved: Checkpoint, load: Callable[[Checkpoint], None]) -> None:
         """Stand where the saved run stood; `load` takes over what it had learned."""
-        if any(saved.get(name) != self.kept.get(name) for name in ("unet", "check_sums")):
-            images = self.kept["settings"]["dataset"]
+        if any(saved.get(name) != self.constant.get(name) for name in ("unet", "check_sums")):
+            images = self.constant["settings"]["dataset"]
             problem = f"the images of {images} are not what {self.path} was trained on"
-            raise ValueError(f"--resume: {problem}. Give their --dataset or --data-dir")
-        with explained(self.path, "does not fit this program", "Name another --output-dir"):
+            raise InputError(f"--resume: {problem}. Give their --dataset or --data-dir")
+        other = (KeyError, ValueError, RuntimeError)  # as PyTorch finds other names and shapes
+        with explained(self.path, "does not fit this program", "Name another --output-dir", other):
             load(saved)
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.losses, self.history = saved["losses"].to(self.losses.device), saved["history"]

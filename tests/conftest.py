@@ -18,6 +18,7 @@ import torch
 
 import train_diffusion
 from support.checkpoints import load_checkpoint
+from support.messages import UserError
 from support.options import parse_options
 from support.processes import this_process
 
@@ -78,10 +79,8 @@ def run_main(*options, pictures: bool = False) -> tuple[int, str]:
             return 0, ""
         except KeyboardInterrupt as interrupt:
             return 128 + interrupt.args[0], ""
-        except (ValueError, FileNotFoundError) as error:
-            return 2, str(error)
-        except (OSError, ArithmeticError) as error:
-            return 1, str(error)
+        except UserError as error:
+            return error.status, str(error)
 
 
 @pytest.fixture

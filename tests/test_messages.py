@@ -16,7 +16,7 @@ from conftest import (
 from torchvision import datasets as published
 
 import train_diffusion as program
-from support import messages
+from support import files, messages
 
 
 def text_stream(encoding="utf-8"):
@@ -51,12 +51,36 @@ CUDA = "CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has 8 GiB,\nof which"
 def test_too_little_memory_gets_one_line(error):
     """As a GPU's allocator, Python and a CPU's allocator say it; other errors are no user's."""
     for may_shrink, remedy in ((True, "Try a lower --batch-size"), (False, "Try --device cpu")):
-        with pytest.raises(OSError, match="^there is too little memory .*") as explained:
+        with pytest.raises(messages.UserError, match="^there is too little memory .*") as explained:
             with messages.memory_explained(may_shrink):
                 raise error
         assert remedy in str(explained.value) and "\n" not in str(explained.value)
     with pytest.raises(RuntimeError, match="unsupported"), messages.memory_explained(True):
         raise RuntimeError("unsupported memory format option")
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["train_diffusion.training_loss", "support.pictures.draw_gif", "support.files.write_log"],
+)
+def test_a_readers_own_mistake_keeps_its_traceback(where, resume, monkeypatch):
+    """Of the kinds that files and options raise too."""
+    for kind in (ValueError, TypeError, ZeroDivisionError, KeyError):
+        monkeypatch.setattr(where, mock.Mock(side_effect=kind("too many values to unpack")))
+        with pytest.raises(kind, match="too many values to unpack") as bug:
+            run_main(*resume)
+        assert not isinstance(bug.value, messages.UserError)
+
+
+def test_a_mistake_inside_a_picture_or_a_file_is_no_warning(tmp_path):
+    def write(file):
+        raise ValueError("too many values to unpack")
+
+    with pytest.raises(ValueError, match="unpack"):
+        files.write_file(tmp_path / "file", write)
+    with pytest.raises(ValueError, match="unpack"), messages.not_vital("picture"):
+        write(None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_resumed_run_that_lacks_memory_is_not_told_to_change_its_sizes(

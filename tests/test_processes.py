@@ -16,7 +16,7 @@ from conftest import (
 )
 
 import train_diffusion as program
-from support import processes
+from support import messages, processes
 
 
 def test_torchrun_is_believed_once_all_of_its_variables_are_there(as_process, monkeypatch):
@@ -45,7 +45,7 @@ def test_processes_close_together_unless_one_fails(end, tmp_path, as_process, mo
     monkeypatch.setattr(processes, "dist", dist)
     as_process(1, 1, 2)
     monkeypatch.setattr(program, "train", mock.Mock(side_effect=end))
-    with contextlib.suppress(KeyboardInterrupt, OSError):
+    with contextlib.suppress(KeyboardInterrupt, OSError, messages.UserError):
         program.main([f"--output-dir={tmp_path}", "--device=cpu"])
     dist.init_process_group.assert_called_once()
     backend, options = dist.init_process_group.call_args
