@@ -466,6 +466,7 @@ class UNet(nn.Module):
             raise ValueError(f"base_channels must be a multiple of {NORM_GROUPS}: {base_channels}")
         self.image_shape = image_shape
         self.num_classes = num_classes
+        self.class_names: list[str] | None = None  # for whoever asks for a class by its name
         channels = image_shape[0]
         high, low = base_channels, 2 * base_channels  # at half resolution and at a quarter
         embed_dim = 2 * low

@@ -3,7 +3,7 @@
     python train_diffusion.py                                # the whole job: train, sample, save
     python train_diffusion.py --resume                       # go on after an interruption
     python train_diffusion.py --sample-only --labels 3 1 4   # draw with a trained network
-    python train_diffusion.py --dataset my_images.npz        # train on your own images
+    python train_diffusion.py --dataset my_pictures --image-size 32  # train on your own pictures
     torchrun --nproc-per-node=2 train_diffusion.py           # several processes or GPUs
 
 The network learns to say which noise was added to an image. forward_reverse_process.py has the
@@ -227,7 +227,7 @@ def sample(
     model: UNet,
     scheduler: NoiseScheduler,
     num_samples: int | None = None,
-    labels: Sequence[int] | Tensor | None = None,
+    labels: Sequence[int | str] | Tensor | None = None,
     num_steps: int = SAMPLE_STEPS,
     eta: float = 1.0,
     guidance: float = GUIDANCE,
@@ -240,11 +240,13 @@ def sample(
 
     Args:
         num_samples: how many; as many as labels if those are given, else 100.
-        labels: what to draw, whole numbers from 0 to the model's num_classes - 1.
+        labels: what to draw, whole numbers from 0 to the model's num_classes - 1, or class names.
         num_steps, eta, guidance: see `denoise`.
     """
     device = scheduler.betas.device
-    num_samples, y = datasets.labels_to_draw(num_samples, labels, model.num_classes, NUM_SAMPLES)
+    num_samples, y = datasets.labels_to_draw(
+        num_samples, labels, model.num_classes, NUM_SAMPLES, model.class_names
+    )
     generator = generator_for("sampling", seed, device)
     images = []
     for i in messages.progress_bar(range(0, num_samples, CHUNK), "sampling"):
@@ -272,6 +274,7 @@ def load_model(
     problem, remedy = "holds another network than this program's", "Name another one"
     with messages.explained(path, problem, remedy, (RuntimeError,)):
         model.load_state_dict(saved["ema"])
+    model.class_names = saved.get("class_names")
     return model.eval(), scheduler
 
 
@@ -302,9 +305,11 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     first = processes.this_process().rank == 0  # it alone draws and speaks
 
     # Load.
-    data = datasets.load_data(args.dataset, args.data_dir, device, args.label_dropout < 1)
+    source = args.dataset, args.data_dir, args.image_size
+    data = datasets.load_data(*source, device, labeled=args.label_dropout < 1)
     if args.batch_size > len(data.images):
         raise InputError(f"argument --batch-size: only {len(data.images)} images are to train on")
+    say(data.summary, aloud=first)
     steps_per_epoch = len(data.images) // args.batch_size
     total_steps = args.epochs * steps_per_epoch
 
@@ -318,7 +323,7 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     torch.manual_seed(args.seed)  # for the initial weights; later draws have their own generators
     model, scheduler = build_model(schedule, shape, device)
     learner = Learner(model, copy.deepcopy(model).eval(), make_optimizers(model, args.optimizer))
-    built: Checkpoint = {"scheduler": schedule, "unet": shape}
+    built: Checkpoint = {"scheduler": schedule, "unet": shape, "class_names": data.class_names}
     constant: Checkpoint = {**built, "settings": args.settings, "check_sums": data.check_sums}
     losses = torch.zeros(steps_per_epoch, device=device)  # one for each step of an epoch
     run = Run(path, constant, losses, min(total_steps, args.max_steps or total_steps))
@@ -490,8 +495,10 @@ def make_parser() -> options.Parser:
     count, share = number(int, 1, 10**6), number(float, 0, 1)
 
     add = parser.add_argument_group("training").add_argument
-    sets = f"{', '.join(datasets.IDX_SETS)}, or an .npz file (%(default)s)"
+    sets = f"{', '.join(datasets.IDX_SETS)}, a folder of pictures or an .npz file (%(default)s)"
     add("--dataset", type=options.source, default="MNIST", help=sets)
+    size = "what a folder's pictures are resized to, a multiple of 4"
+    add("--image-size", type=number(int, 4, 4096, 4), metavar="N", help=size)
     add("--epochs", type=count, default=10, help="passes over the images (%(default)s)")
     add("--batch-size", type=count, default=64, help="images a step, in all (%(default)s)")
     add("--optimizer", choices=list(LEARNING_RATES), default="muon", help="(%(default)s)")
@@ -515,8 +522,8 @@ def make_parser() -> options.Parser:
     guidance = "strength of classifier-free guidance, 0: off (%(default)s)"
     add("--guidance", type=number(float, 0, 1e3), default=GUIDANCE, help=guidance)
     add("--sample-only", action="store_true", help="no training: draw with a trained network")
-    labels = "what to draw, with --sample-only (every class in turn)"
-    add("--labels", type=number(int, 0, datasets.MAX_LABEL), nargs="+", help=labels)
+    labels = "what to draw, with --sample-only: numbers or class names (every class in turn)"
+    add("--labels", nargs="+", help=labels)
     checkpoint = "with --sample-only (OUTPUT_DIR/checkpoint.pt, else pretrained.pt)"
     add("--checkpoint", type=path, help=checkpoint)
     output = "with --sample-only: .png, .npy or .npz (OUTPUT_DIR/samples.png)"
@@ -539,7 +546,8 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     started, classes = time.monotonic(), model.num_classes
     sampler = args.sampler | {"num_steps": min(args.sample_steps, scheduler.num_timesteps)}
     grid = pictures.full_rows(NUM_SAMPLES, classes)
-    num_samples, labels = datasets.labels_to_draw(args.num_samples, args.labels, classes, grid)
+    asked = args.num_samples, args.labels
+    num_samples, labels = datasets.labels_to_draw(*asked, classes, grid, model.class_names)
     images = sample(model, scheduler, num_samples, labels, **sampler)
     seconds = time.monotonic() - started
     pictures.write_images(args.output, images, labels, classes)

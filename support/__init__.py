@@ -10,6 +10,7 @@ answers one question about the program around it, and none imports the lesson:
     files           How is a file written whole or not at all?
     devices         Which device calculates, in which layout and precision?
     checkpoints     What is in a checkpoint, and how is it read?
+    folders         How does a folder of pictures become images and labels?
     datasets        Where do images and labels come from?
     pictures        How is what was computed drawn?
     run             Where does a training run stand?

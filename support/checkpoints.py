@@ -40,6 +40,7 @@ class Checkpoint(TypedDict, total=False):
     format: str
     scheduler: Schedule
     unet: NetworkShape
+    class_names: list[str] | None  # if the data set names its classes
     ema: dict[str, Tensor]  # the averaged weights, to draw with
     settings: dict[str, object]  # options that a resumed run takes over
     model: dict[str, Tensor]

@@ -21,7 +21,7 @@ from support.processes import this_process
 
 # What a resumed run takes from its checkpoint. KEPT settings may not change (nor may the images: a
 # changed --dataset is another path to them).
-KEPT = "batch_size optimizer timesteps schedule base_channels label_dropout seed".split()
+KEPT = "image_size batch_size optimizer timesteps schedule base_channels label_dropout seed".split()
 CHANGEABLE = "dataset data_dir epochs lr sample_every num_samples sample_steps eta guidance".split()
 
 
@@ -63,7 +63,7 @@ def absolute_path(text: str) -> str:
 
 
 def source(text: str) -> str:
-    """A published set, or the path of a file."""
+    """A published set, or the path of a file or folder."""
     return text if text in IDX_SETS else absolute_path(text)
 
 
@@ -83,8 +83,10 @@ def parse_options(parser: Parser, argv: Sequence[str] | None) -> argparse.Namesp
     args.sampler = {"num_steps": min(args.sample_steps, args.timesteps), "eta": args.eta}
     args.sampler |= {"guidance": args.guidance, "seed": args.seed}
     num_processes = this_process().world_size
-    if args.dataset not in IDX_SETS and not args.dataset.endswith(".npz"):
-        parser.error(f"argument --dataset: must be {', '.join(IDX_SETS)} or an .npz file")
+    known = args.dataset in IDX_SETS or args.dataset.endswith(".npz")
+    if not known and not os.path.isdir(args.dataset):
+        sets = ", ".join(IDX_SETS)
+        parser.error(f"argument --dataset: must be {sets}, a folder of pictures or an .npz file")
     if args.batch_size % num_processes:
         parser.error(f"argument --batch-size: must divide among {num_processes} processes")
     if not args.sample_only and (args.labels or args.checkpoint or args.output):

@@ -97,6 +97,8 @@ class Run:
         if any(saved.get(name) != self.constant.get(name) for name in ("unet", "check_sums")):
             images = self.constant["settings"]["dataset"]
             problem = f"the images of {images} are not what {self.path} was trained on"
+            if str(images).endswith(".npz"):
+                problem += " (or held out: since December 2026 these are drawn by chance)"
             raise InputError(f"--resume: {problem}. Give their --dataset or --data-dir")
         other = (KeyError, ValueError, RuntimeError)  # as PyTorch finds other names and shapes
         with explained(self.path, "does not fit this program", "Name another --output-dir", other):

@@ -191,39 +191,95 @@ def save(tmp_path, **arrays):
     return tmp_path / "own.npz"
 
 
-@pytest.mark.parametrize(
-    "arrays, sizes",
-    [
-        ({"images": GRAY}, (95, 5)),
-        ({"images": GRAY[..., None], "labels": LABELS[:, None].astype(np.uint8)}, (95, 5)),
-        ({"images": COLOR, "labels": LABELS.astype(float)}, (95, 5)),
-        (
-            {"train_images": COLOR, "train_labels": LABELS, "val_images": COLOR[:3]}
-            | {"test_images": COLOR[:7], "test_labels": LABELS[:7]},
-            (100, 7),
-        ),
-        (
-            {"x_train": GRAY, "y_train": LABELS} | {"x_test": GRAY[:9], "y_test": LABELS[:9]},
-            (100, 9),
-        ),
-    ],
-)
-def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
-    """And held-out images that are a part of the others take no memory of their own."""
-    (images, labels), (test_images, test_labels) = program.load_images(save(tmp_path, **arrays))
-    assert (len(images), len(test_images)) == sizes
-    first = next(iter(arrays.values()))
-    assert images.untyped_storage().nbytes() == first.nbytes
-    plain = first[..., 0] if first.shape[3:] == (1,) else first  # as `to_arrays` writes them
-    held_out = plain[95:] if sizes == (95, 5) else plain[: sizes[1]]
-    for tensor, array in ((images, plain[: sizes[0]]), (test_images, held_out)):
+TWO_SPLITS = [
+    {"train_images": COLOR, "train_labels": LABELS, "val_images": COLOR[:3]}
+    | {"test_images": COLOR[:7], "test_labels": LABELS[:7]},
+    {"x_train": GRAY, "y_train": LABELS} | {"x_test": GRAY[:9], "y_test": LABELS[:9]},
+]
+
+
+@pytest.mark.parametrize("arrays", TWO_SPLITS)
+def test_npz_files_with_two_splits_as_many_publish_them(arrays, tmp_path):
+    (images, labels), (held_out, held_out_labels) = program.load_images(save(tmp_path, **arrays))
+    train, test = (x for name, x in arrays.items() if name in ("x_train", "x_test") or "_im" in name
+                   and "val" not in name)  # fmt: skip
+    for tensor, array in ((images, train), (held_out, test)):
         assert np.array_equal(datasets.to_arrays(tensor), array)
         assert np.array_equal(tensor[2, 0, 3], array[2, 3].reshape(array.shape[2], -1)[:, 0])
-    if len(arrays) == 1:
-        assert labels is None and test_labels is None
-    else:
-        assert torch.equal(labels, torch.arange(sizes[0]) % 3) and labels.dtype == torch.int64
-        assert len(test_labels) == sizes[1]
+    assert torch.equal(labels, torch.arange(100) % 3) and labels.dtype == torch.int64
+    assert torch.equal(held_out_labels, torch.arange(len(held_out)) % 3)
+
+
+@pytest.mark.parametrize("images", [GRAY, GRAY[..., None], COLOR])
+@pytest.mark.parametrize("kind", [None, float, np.uint8])
+def test_of_one_split_a_twentieth_is_held_out_by_a_fixed_draw(images, kind, tmp_path):
+    """Every image is in one of the splits, with its label; those to train on in their order."""
+    labels = {} if kind is None else {"labels": LABELS[:, None].astype(kind)}
+    path = save(tmp_path, images=images, **labels)
+    splits, again = program.load_images(path), program.load_images(path)
+    assert len(splits[0][0]) == (95 if kind is None else 97)
+    plain = [image.tobytes() for image in images]  # all of them are different
+    found = []
+    for (tensor, tensor_labels), (same, _) in zip(splits, again):
+        which = [plain.index(image.tobytes()) for image in datasets.to_arrays(tensor)]
+        assert torch.equal(tensor, same)
+        assert (
+            (tensor_labels is None)
+            if kind is None
+            else tensor_labels.tolist() == [LABELS[i] for i in which]
+        )
+        found.append(which)
+    train, held_out = found
+    assert sorted(train + held_out) == list(range(100)) and train == sorted(train)
+    assert splits[0][0].untyped_storage().nbytes() == images.nbytes  # and no copy of them
+
+
+def test_held_out_images_are_of_every_class_that_can_spare_one_and_in_no_order(tmp_path):
+    """Of 10, 200, 1, 2 and 40 images, in the order of their classes, as people join them."""
+    counts = [10, 200, 1, 2, 40]
+    labels = np.repeat(np.arange(5), counts)
+    images = np.arange(253, dtype=np.uint8).repeat(16).reshape(253, 4, 4)
+    path = save(tmp_path, images=images, labels=labels)
+    (_, train_labels), (held_out, held_out_labels) = program.load_images(path)
+    assert held_out_labels.bincount(minlength=5).tolist() == [1, 10, 0, 1, 2]
+    assert train_labels.tolist() == sorted(train_labels.tolist())
+    assert held_out_labels.tolist() != sorted(held_out_labels.tolist())
+    assert labels[held_out[:, 0, 0, 0]].tolist() == held_out_labels.tolist()
+    path = save(tmp_path, images=images[:3], labels=np.arange(3))
+    with pytest.raises(ValueError, match="at least two images"):
+        program.load_images(path)
+
+
+@pytest.mark.parametrize("name", ["label", "y", "targets"])
+def test_labels_by_another_name_are_not_passed_over_in_silence(name, tmp_path, capsys):
+    path = save(tmp_path, images=GRAY, **{name: LABELS})
+    assert program.load_images(path)[0][1] is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"the array {name} is not used. Call labels labels" in line
+    datasets.load_data(str(path), None, None, torch.device("cpu"), True)
+
+
+def test_a_run_is_measured_by_the_first_two_thousand_held_out_images(mnist, monkeypatch):
+    monkeypatch.setattr(datasets, "read_dataset", lambda *source: (mnist, None))
+    data = datasets.load_data("MNIST", None, None, torch.device("cpu"), labeled=True)
+    assert torch.equal(data.held_out_images, mnist[1][0][:2000])
+    assert torch.equal(data.held_out_labels, mnist[1][1][:2000])
+    assert data.num_classes == 10 and data.image_shape == (1, 28, 28) and data.images is mnist[0][0]
+    plain = datasets.load_data("MNIST", None, None, torch.device("cpu"), labeled=False)
+    assert plain.labels is plain.held_out_labels is plain.num_classes is None
+    assert plain.check_sums == data.check_sums
+
+
+def test_what_was_read_is_said_in_a_line():
+    images, labels = torch.zeros(12, 3, 8, 16), torch.arange(12)
+    names = [f"kind {i}" for i in range(12)]
+    line = datasets.what_was_read("a.npz", [(images, labels), (images[:2], labels[:2])], names)
+    assert line == (
+        "read a.npz: 12 images of 8x16 in color, 12 classes (kind 0, kind 1, kind 2, kind 3, "
+        "kind 4, kind 5, kind 6, kind 7, kind 8, kind 9, ...); 2 more are held out"
+    )
+    plain = datasets.what_was_read("x", [(images[:, :1], None), (images[:2], None)], None)
+    assert plain == "read x: 12 images of 8x16 in gray, no labels; 2 more are held out"
 
 
 @pytest.mark.parametrize(
@@ -248,7 +304,6 @@ def test_npz_files_as_many_publish_them(arrays, sizes, tmp_path):
         ({"images": GRAY, "labels": LABELS, "test_images": GRAY}, "labels where"),
         ({"images": GRAY[:8]}, "--batch-size: only 7 images"),
         ({"images": GRAY[:1]}, "at least two images"),
-        ({"images": GRAY, "labels": np.arange(100) // 95}, "only held-out images have some label"),
     ],
 )
 def test_an_unfit_npz_file_gets_one_line(arrays, words, tmp_path):
@@ -263,7 +318,7 @@ def test_labels_with_gaps_are_taken_with_a_warning(tmp_path, capsys):
     program.load_images(save(tmp_path, images=GRAY, labels=LABELS))
     assert capsys.readouterr().err == ""
     path = save(tmp_path, images=GRAY, labels=LABELS + 1)
-    assert program.load_images(path)[0][1].tolist() == (LABELS + 1)[:95].tolist()
+    assert program.load_images(path)[0][1].unique().tolist() == [1, 2, 3]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {path}: no image has the label 0, ")
 

@@ -96,7 +96,7 @@ def test_a_run_that_ends_before_it_saved_says_nothing_of_the_earlier_one(
     resume, tmp_path, capsys, monkeypatch
 ):
     interrupted = mock.Mock(side_effect=lambda *_: signal.raise_signal(signal.SIGTERM))
-    monkeypatch.setattr("support.datasets.load_images", interrupted)
+    monkeypatch.setattr("support.datasets.read_dataset", interrupted)
     for options, advised in ((["--output-dir", tmp_path], False), (resume, True)):
         assert run_main(*options) == (128 + signal.SIGTERM, "")
         assert ("--resume" in capsys.readouterr().err) == advised

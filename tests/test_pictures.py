@@ -34,6 +34,12 @@ def test_every_column_of_a_grid_is_of_one_class():
         assert np.array_equal(cell, images[columns + 3].permute(1, 2, 0))
 
 
+def test_a_grid_has_full_rows_of_about_as_many_as_are_asked_for():
+    for about, classes, count in ((100, None, 100), (100, 10, 100), (100, 7, 98), (40, 7, 35),
+                                  (100, 150, 150), (5, 10, 10)):  # fmt: skip
+        assert pictures.full_rows(about, classes) == count
+
+
 def test_pictures_and_logs_that_cannot_be_written_never_end_a_run(resume, tmp_path, capsys):
     names = ["train_log.csv", "loss_curve.png", "samples_epoch_1.png", "denoising.gif"]
     for name in names:

@@ -129,7 +129,7 @@ def test_the_best_network_draws_a_label_from_its_class_and_no_label_from_all(sch
 class Grays:
     """A network that knows one image for each label: its gray level is the label, 0 without one."""
 
-    image_shape = (1, 4, 4)
+    image_shape, class_names = (1, 4, 4), None
 
     def __init__(self, num_classes: int | None = 10) -> None:
         self.num_classes = self.no_label = num_classes
@@ -178,7 +178,7 @@ def test_labels_are_drawn_in_their_order_and_guided_in_chunks(monkeypatch, guida
 @pytest.mark.parametrize(
     "classes, num_samples, labels, message",
     [(10, None, bad, "labels.* 0 to 9") for bad in ([0, 10], [-1], [0.5], [1.0], [math.nan], [])]
-    + [(10, None, bad, "labels.* 0 to 9") for bad in ("12", ["1"], [None], [True], {1}, [2**70])]
+    + [(10, None, bad, "labels.* 0 to 9") for bad in ("12", ["one"], [None], [True], {1}, [2**70])]
     + [(None, None, [0], "labels.*without labels")]
     + [(10, count, [0, 1, 2], f"num_samples.* {count} .*3 labels") for count in (1, 4)]
     + [(classes, 0, None, "num_samples.* 1 or more") for classes in (None, 10)],

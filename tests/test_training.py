@@ -11,6 +11,7 @@ from conftest import (
     STEPS_PER_EPOCH,
     TINY,
     checkpoint,
+    parsed,
     run_main,
     same_state,
 )
@@ -150,7 +151,11 @@ def spied_run(folder, *options, factor: float = 1.0) -> SimpleNamespace:
     """
     seen = SimpleNamespace(draws=[], losses=[], weights=[], held_out=[], averages=[], norms=[])
     seen.rates = {}  # of each optimizer, by its name
-    training_loss = program.training_loss
+    training_loss, denoise = program.training_loss, program.denoise
+
+    def spied_denoise(model, *arguments):
+        assert not model.training, "grids and pictures are drawn with the averaged weights"
+        return denoise(model, *arguments)
 
     def spied_loss(model, scheduler, x_0, labels=None, t=None, noise=None):
         loss = factor * training_loss(model, scheduler, x_0, labels, t, noise)
@@ -177,6 +182,7 @@ def spied_run(folder, *options, factor: float = 1.0) -> SimpleNamespace:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(program, "training_loss", spied_loss)
+        patch.setattr(program, "denoise", spied_denoise)
         for optimizer in (Muon, torch.optim.Adam):
             patch.setattr(optimizer, "step", spied(optimizer.step))
         patch.setattr(program, "WARMUP_STEPS", 5)
@@ -271,6 +277,10 @@ def test_the_default_recipe_learns_as_fast_as_it_did_when_it_was_measured(tmp_pa
     with open(tmp_path / "train_log.csv") as log:
         _, row = log.read().splitlines()
     assert float(row.split(",")[3]) == pytest.approx(0.41, abs=0.04)
+    settings = checkpoint(tmp_path)["settings"]
+    recipe = {"batch_size": 64, "optimizer": "muon", "lr": 0.005, "epochs": 10, "timesteps": 1000}
+    recipe |= {"schedule": "cosine", "label_dropout": 0.1, "guidance": 0.1}
+    assert recipe.items() <= settings.items() and parsed("--optimizer", "adam").lr == 0.002
 
 
 def test_a_tiny_network_learns_ten_images_and_draws_the_one_that_is_asked_for():
