@@ -1,6 +1,5 @@
 """Checkpoints: what is in one, how it is written and read, and how an earlier one is kept."""
 
-import itertools
 import pickle
 import zipfile
 import zlib
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from support.files import write_file
-from support.messages import FileError, MissingFileError, explained, say
+from support.messages import FileError, MissingFileError, explained
 
 CHECKPOINT_FORMAT = "diffusion 5"  # changes when earlier files no longer fit
 # What zipfile and torch.load raise at a file that is not whole, or that wants to run code.
@@ -65,6 +64,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     problem = "is damaged or no checkpoint"
     with explained(path, problem, remedy, BROKEN):
         with zipfile.ZipFile(path) as file:  # as which a checkpoint is written, with check sums
+            if sum(part.file_size for part in file.infolist()) > 100 * path.stat().st_size:
+                raise zipfile.BadZipFile("it would unpack to a hundred times its size")
             if file.testzip():
                 raise zipfile.BadZipFile("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -72,12 +73,3 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if not ours or not {"scheduler", "unet", "ema"} <= state.keys():
         raise FileError(f"{path} {problem} (it is of another program or version). {remedy}")
     return cast(Checkpoint, state)
-
-
-def keep_earlier(path: Path) -> None:
-    """Move an earlier run's checkpoint to the first free numbered name: none is overwritten."""
-    if path.exists():
-        names = (path.with_name(f"{path.stem}_{i}{path.suffix}") for i in itertools.count(1))
-        kept = next(name for name in names if not name.exists())
-        path.rename(kept)
-        say(f"{path} is from an earlier run: kept as {kept.name}")

@@ -74,7 +74,8 @@ def load_data(
 ) -> Data:
     """The images of a run, with their labels if it is labeled and there are any."""
     splits, names = read_dataset(dataset, data_dir, image_size)
-    summary = what_was_read(dataset, splits, names)
+    place = f"{dataset} in {data_dir}" if data_dir and dataset in IDX_SETS else dataset
+    summary = what_was_read(place, splits, names)
     (images, labels), (test_images, test_labels) = splits
     check_sums = [check_sum(x) for x in (images, labels) if x is not None]
     images, test_images = images.to(device), test_images[:NUM_HELD_OUT].to(device)
@@ -84,7 +85,7 @@ def load_data(
     return Data(images, labels, test_images, test_labels, names, check_sums, summary)
 
 
-def what_was_read(dataset: str, splits: list[Split], names: list[str] | None) -> str:
+def what_was_read(place: str, splits: list[Split], names: list[str] | None) -> str:
     """A line: how many images of which size, how many classes, how many held out."""
     (images, labels), (held_out, _) = splits
     count, channels, height, width = images.shape
@@ -95,7 +96,7 @@ def what_was_read(dataset: str, splits: list[Split], names: list[str] | None) ->
         classes += f" ({', '.join(few)})" if few else ""
     color = "gray" if channels == 1 else "color"
     size = f"{count} images of {height}x{width} in {color}"
-    return f"read {dataset}: {size}, {classes}; {len(held_out)} more are held out"
+    return f"read {place}: {size}, {classes}; {len(held_out)} more are held out"
 
 
 def check_sum(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from support.checkpoints import load_checkpoint
 from support.datasets import IDX_SETS
-from support.messages import InputError, say
+from support.messages import FileError, InputError, say
 from support.optimizers import LEARNING_RATES
 from support.processes import this_process
 
@@ -103,9 +103,10 @@ def resumed_options(parser: Parser, argv: Sequence[str] | None, path: Path) -> a
     saved = load_checkpoint(path)
     if "settings" not in saved:
         raise InputError(f"--resume: {path} holds weights to draw with, not a run")
-    parser.set_defaults(saved=saved, **saved["settings"])
+    settings = checked_settings(parser, saved["settings"], path)
+    parser.set_defaults(saved=saved, **settings)
     args = parser.parse_args(argv)
-    for name, old in saved["settings"].items():
+    for name, old in settings.items():
         new, option = getattr(args, name), f"--{name.replace('_', '-')}"
         if name in KEPT and new != old:
             parser.error(f"argument {option}: the run in {path} has {old}, not {new}")
@@ -114,6 +115,25 @@ def resumed_options(parser: Parser, argv: Sequence[str] | None, path: Path) -> a
         if new != old:
             say(f"resuming with {option} {new} (was {old})", aloud=this_process().rank == 0)
     return args
+
+
+def checked_settings(parser: Parser, settings: dict[str, object], path: Path) -> dict[str, object]:
+    """Those that a run keeps, each by its option's own type and range; others are dropped.
+
+    A checkpoint may come from a stranger: nothing in it decides where a file is written.
+    """
+    checked: dict[str, object] = {}
+    for action in parser._actions:
+        if action.dest in KEPT + CHANGEABLE and action.dest in settings:
+            value = settings[action.dest]
+            if value is not None:
+                text = [f"{action.option_strings[0]}={value}"]
+                try:
+                    value = getattr(parser.parse_args(text), action.dest)
+                except InputError as error:
+                    raise FileError(f"{path} is damaged ({error})") from None
+            checked[action.dest] = value
+    return checked
 
 
 def resume_command(script: str, args: argparse.Namespace) -> str:

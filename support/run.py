@@ -8,9 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from support.checkpoints import Checkpoint, keep_earlier, save_checkpoint
+from support.checkpoints import Checkpoint, save_checkpoint
+from support.files import clear_leftovers, put_aside
 from support.messages import DivergedError, InputError, explained, say
 from support.processes import this_process
+
+# What a run writes.
+RUN_FILES = ["checkpoint.pt", "weights.pt", "train_log.csv", "loss_curve.png", "noise_schedule.png"]
+RUN_FILES += ["forward_process.png", "denoising.png", "denoising.gif", "samples_epoch_*.png"]
 
 
 @dataclass
@@ -80,9 +85,10 @@ class Run:
     # --- its checkpoint ---------------------------------------------------------------------------
 
     def begin(self, learned: Checkpoint) -> None:
-        """Put an earlier run's checkpoint aside and write the first of this one."""
+        """Put an earlier run's files aside and write the first checkpoint of this one."""
         if this_process().rank == 0:
-            keep_earlier(self.path)
+            clear_leftovers(self.path.parent)
+            put_aside(self.path.parent, RUN_FILES)
         self.save(learned)
 
     def save(self, learned: Checkpoint) -> None:
@@ -94,6 +100,8 @@ class Run:
 
     def resume(self, saved: Checkpoint, load: Callable[[Checkpoint], None]) -> None:
         """Stand where the saved run stood; `load` takes over what it had learned."""
+        if this_process().rank == 0:
+            clear_leftovers(self.path.parent)
         if any(saved.get(name) != self.constant.get(name) for name in ("unet", "check_sums")):
             images = self.constant["settings"]["dataset"]
             problem = f"the images of {images} are not what {self.path} was trained on"

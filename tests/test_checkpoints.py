@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import (
     DRAW,
     TINY,
     checkpoint,
+    parsed,
     run_main,
     same_state,
 )
@@ -17,15 +19,41 @@ from conftest import (
 from support import checkpoints
 
 
-def test_a_new_run_keeps_earlier_checkpoints_under_numbers(
-    resume_finished, small_data, tmp_path, capsys
+def test_a_new_run_puts_an_earlier_ones_files_aside_together(
+    finished, small_data, tmp_path, capsys
 ):
-    before = (tmp_path / "checkpoint.pt").read_bytes()
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "my notes.txt").write_text("are not the run's")
+    before = {path.name: path.read_bytes() for path in finished[0].iterdir()}
     options = [*TINY, "--max-steps", 1, "--data-dir", small_data, "--output-dir", tmp_path]
     assert run_main(*options) == (0, "") == run_main(*options)
-    assert (tmp_path / "checkpoint_1.pt").read_bytes() == before
-    assert checkpoint(tmp_path)["step"] == 1 and (tmp_path / "checkpoint_2.pt").exists()
-    assert "kept as checkpoint_2.pt" in capsys.readouterr().out
+    kept = {path.name: path.read_bytes() for path in (tmp_path / "earlier_1").iterdir()}
+    assert kept == before and (tmp_path / "my notes.txt").exists()
+    assert checkpoint(tmp_path)["step"] == checkpoint(tmp_path / "earlier_2")["step"] == 1
+    assert not (tmp_path / "samples_epoch_3.png").exists()
+    assert f"moved to {tmp_path / 'earlier_2'}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_would_unpack_to_a_hundred_times_its_size_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(10**7))
+    with pytest.raises(OSError, match="bomb.pt is damaged .*a hundred times its size"):
+        checkpoints.load_checkpoint(tmp_path / "bomb.pt")
+
+
+def test_a_strangers_settings_are_checked_and_decide_nothing_else(resume_finished, tmp_path):
+    state = checkpoint(tmp_path)
+    good = dict(state["settings"])
+    more = {"output_dir": str(tmp_path / "elsewhere"), "output": "x.png", "device": "abacus"}
+    state["settings"] = {**good, **more, "no_such_option": 1}
+    checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    args = parsed(*resume_finished)
+    assert args.output_dir == tmp_path and args.device == "auto" and not hasattr(args, "no_such")
+    for name, bad in (("lr", -1.0), ("eta", "much"), ("sample_steps", 10**9), ("schedule", "x")):
+        state["settings"] = {**good, name: bad}
+        checkpoints.save_checkpoint(tmp_path / "checkpoint.pt", state)
+        code, message = run_main(*resume_finished)
+        assert code == 1 and "checkpoint.pt is damaged" in message and "\n" not in message
 
 
 def test_weights_alone_draw_the_same_and_those_of_another_network_do_not(finished, tmp_path):

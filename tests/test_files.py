@@ -1,6 +1,10 @@
 """Files are written whole or not at all."""
 
+import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -38,6 +42,55 @@ def test_no_two_processes_and_no_file_of_the_user_share_a_temporary_name(tmp_pat
         files.write_file(tmp_path / "file", lambda file: file.write(b"content"))
     assert len({call.args[0] for call in replace.call_args_list}) == 2
     assert (tmp_path / "file.tmp").read_text() == "the user's own"
+
+
+@posix
+def test_a_link_stays_a_link_and_a_mode_stays_a_mode(tmp_path):
+    (tmp_path / "disk").mkdir()
+    real, link = tmp_path / "disk" / "real", tmp_path / "link"
+    real.write_bytes(b"first")
+    real.chmod(0o664)
+    link.symlink_to(Path("disk", "real"))
+    before = os.umask(0o077)
+    try:
+        files.write_file(link, lambda file: file.write(b"second"))
+        files.write_file(tmp_path / "new", lambda file: file.write(b"of a private person"))
+    finally:
+        os.umask(before)
+    assert link.is_symlink() and real.read_bytes() == b"second"
+    assert real.stat().st_mode & 0o777 == 0o664
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o600
+    assert os.listdir(tmp_path / "disk") == ["real"]
+
+
+def test_a_folder_that_cannot_flush_keeps_files_all_the_same(tmp_path, monkeypatch):
+    for code in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        monkeypatch.setattr("os.fsync", mock.Mock(side_effect=OSError(code, "no such call")))
+        files.write_file(tmp_path / str(code), lambda file: file.write(b"content"))
+        assert (tmp_path / str(code)).read_bytes() == b"content"
+
+
+@posix
+def test_what_killed_processes_left_is_cleared_and_nothing_else(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    ours = [f"checkpoint.pt.{files.MACHINE}-{number}.tmp" for number in (dead.pid, os.getpid())]
+    running = f"checkpoint.pt.{files.MACHINE}-{os.getppid()}.tmp"
+    others = [running, f"checkpoint.pt.0badcafe-{dead.pid}.tmp", "a.tmp", "checkpoint.pt"]
+    for name in ours + others:
+        (tmp_path / name).touch()
+    files.clear_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+
+@posix
+def test_a_link_that_is_put_aside_still_leads_where_it_led(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "real.pt").write_bytes(b"content")
+    (tmp_path / "checkpoint.pt").symlink_to(Path("disk", "real.pt"))
+    files.put_aside(tmp_path, ["checkpoint.pt", "*.png"])
+    assert (tmp_path / "earlier_1" / "checkpoint.pt").read_bytes() == b"content"
+    assert not os.path.lexists(tmp_path / "checkpoint.pt")
 
 
 def test_a_file_that_is_held_for_a_moment_is_tried_again(tmp_path, monkeypatch):

@@ -38,7 +38,8 @@ def test_a_run_leaves_its_files_and_no_warnings(finished):
     others = {"train_log.csv", "checkpoint.pt", "weights.pt"}
     assert {path.name for path in folder.iterdir()} == PICTURES | others
     assert all((folder / name).stat().st_size > 500 for name in PICTURES)
-    assert result.stdout.startswith("read MNIST: 64 images of 28x28 in gray, 10 classes; 16 more")
+    assert result.stdout.startswith("read MNIST in ")
+    assert ": 64 images of 28x28 in gray, 10 classes; 16 more are held out\n" in result.stdout
     assert "training on cpu, from step 0 to " in result.stdout
     assert "epoch 3/3" in result.stdout and result.stdout.splitlines()[-1].startswith("draw more:")
     assert result.stderr == ""  # no bars where there is no terminal
