@@ -305,8 +305,9 @@ def look_up(table: Tensor, t: Tensor | int) -> Tensor:
 
     `gather` and not `table[t]`, which would take t = -1, a slip by one, for the last entry.
     """
-    t = torch.as_tensor(t, device=table.device).reshape(-1)
-    return table.gather(0, t).reshape(-1, 1, 1, 1)
+    if isinstance(t, int):  # without a copy of it to the device
+        return table.narrow(0, t if t >= 0 else len(table), 1).reshape(1, 1, 1, 1)
+    return table.gather(0, t.reshape(-1)).reshape(-1, 1, 1, 1)
 
 
 # --- The network ----------------------------------------------------------------------------------
@@ -505,7 +506,9 @@ class UNet(nn.Module):
         height, width = x_t.shape[-2:]
         if height % 4 or width % 4:
             raise ValueError(f"4 must divide height and width (two halvings), not {height}x{width}")
-        t = torch.as_tensor(t, device=x_t.device).expand(len(x_t))
+        if isinstance(t, int):  # without a copy of it to the device
+            t = torch.full((), t, device=x_t.device)
+        t = t.expand(len(x_t))
         embedding = self.time_embedding(t)
         if self.num_classes is not None:
             embedding = embedding + self.label_embedding(

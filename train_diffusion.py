@@ -4,7 +4,7 @@
     python train_diffusion.py --resume                       # go on after an interruption
     python train_diffusion.py --sample-only --labels 3 1 4   # draw with a trained network
     python train_diffusion.py --dataset my_pictures --image-size 32  # train on your own pictures
-    torchrun --nproc-per-node=2 train_diffusion.py           # several processes or GPUs
+    torchrun --standalone --nproc-per-node=2 train_diffusion.py   # several processes or GPUs
 
 The network learns to say which noise was added to an image. forward_reverse_process.py has the
 mathematics and the network; read that first. Here is what is done with them, in this order: one
@@ -14,6 +14,7 @@ pictures of both processes, the command line. What is not about diffusion is in 
 
 import argparse
 import copy
+import math
 import sys
 import time
 import zlib
@@ -29,7 +30,7 @@ from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
 from support import checkpoints, datasets, files, messages, options, pictures, processes
 from support.checkpoints import Checkpoint, NetworkShape, Schedule
 from support.datasets import load_images as load_images  # for whoever imports it from here
-from support.devices import autocast, choose_device, memory_format
+from support.devices import autocast, choose_device, images_together, memory_format
 from support.interruption import Interruption, heard_interruptions
 from support.messages import InputError, say
 from support.optimizers import LEARNING_RATES, make_optimizers
@@ -99,6 +100,7 @@ class Learner:
             optimizer.load_state_dict(state)
 
 
+@torch.enable_grad()
 def training_step(
     learner: Learner,
     scheduler: NoiseScheduler,
@@ -155,7 +157,6 @@ def training_step(
 SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
 GUIDANCE = 0.1  # strength of classifier-free guidance
 NUM_SAMPLES = 100  # images to draw if nobody says how many; a grid has full rows
-CHUNK = 250  # images that are drawn or measured together
 
 
 def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
@@ -244,15 +245,15 @@ def sample(
         num_steps, eta, guidance: see `denoise`.
     """
     device = scheduler.betas.device
-    num_samples, y = datasets.labels_to_draw(
-        num_samples, labels, model.num_classes, NUM_SAMPLES, model.class_names
-    )
+    known = model.num_classes, model.class_names
+    num_samples, y = datasets.labels_to_draw(num_samples, labels, NUM_SAMPLES, *known)
     generator = generator_for("sampling", seed, device)
     images = []
-    for i in messages.progress_bar(range(0, num_samples, CHUNK), "sampling"):
-        x_T_shape = (min(CHUNK, num_samples - i), *model.image_shape)
+    piece = images_together(model.image_shape)
+    for i in messages.progress_bar(range(0, num_samples, piece), "sampling"):
+        x_T_shape = (min(piece, num_samples - i), *model.image_shape)
         x_T = torch.randn(x_T_shape, generator=generator, device=device)
-        some = None if y is None else y[i : i + CHUNK].to(device)
+        some = None if y is None else y[i : i + piece].to(device)
         for _, x_t, _ in denoise(model, scheduler, x_T, some, num_steps, eta, guidance, generator):
             pass  # to the last, which is x_0
         images.append(to_uint8(x_t))
@@ -322,6 +323,7 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     }
     torch.manual_seed(args.seed)  # for the initial weights; later draws have their own generators
     model, scheduler = build_model(schedule, shape, device)
+    processes.take_over_from_first(model.parameters())
     learner = Learner(model, copy.deepcopy(model).eval(), make_optimizers(model, args.optimizer))
     built: Checkpoint = {"scheduler": schedule, "unet": shape, "class_names": data.class_names}
     constant: Checkpoint = {**built, "settings": args.settings, "check_sums": data.check_sums}
@@ -362,7 +364,7 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
 
             if run.step % CHECK_EVERY == 0:
                 run.stop_if_not_finite()
-                bar.set_postfix(loss=f"{run.mean_loss():.4f}")
+                run.show_loss(bar)
                 if run.clock - run.saved_at > SAVE_EVERY:
                     run.save(learner.state())
             all_meet = alone or run.step % CHECK_EVERY == 0  # processes wait for each other
@@ -385,7 +387,8 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         with messages.not_vital("weights.pt"):
             averaged: Checkpoint = {**built, "ema": learner.ema.state_dict()}
             checkpoints.save_checkpoint(folder / "weights.pt", averaged)
-        draw_denoising(folder, learner.ema, scheduler, args)
+        with messages.not_vital("denoising.png, denoising.gif"):
+            draw_denoising(folder, learner.ema, scheduler, args)
         done = f"{run.step} steps, {run.seconds / 60:.1f} min of training"
         say(f"done: {done}; all files are in {folder}")
         command = options.command_line(SCRIPT, "--sample-only", f"--checkpoint={path}")
@@ -399,17 +402,22 @@ def look(
     """After an epoch: the held-out loss, the log, its curve, at times a grid. Returns the row."""
     folder, classes = args.output_dir, data.num_classes
     held_out = data.held_out_images, data.held_out_labels
-    t, errors = held_out_loss(ema, scheduler, *held_out, args.seed)
+    t, errors = torch.zeros(1), torch.full((1,), torch.nan)
+    with messages.not_vital("held-out loss"):
+        t, errors = held_out_loss(ema, scheduler, *held_out, args.seed)
     row: dict[str, float] = {"epoch": run.epoch, "step": run.step, "train_loss": run.mean_loss()}
     row |= {"val_loss": errors.mean().item(), "seconds": run.seconds}
     files.write_log(folder / "train_log.csv", [*run.history, row])
     pictures.draw_loss_curve(folder / "loss_curve.png", [*run.history, row], t, errors)
     if run.epoch % args.sample_every == 0 or run.is_over:
         num_samples = args.num_samples or pictures.full_rows(NUM_SAMPLES, classes)
-        images = sample(ema, scheduler, num_samples, **args.sampler)
-        pictures.draw_grid(folder / f"samples_epoch_{run.epoch}.png", images, classes)
+        name = f"samples_epoch_{run.epoch}.png"
+        with messages.not_vital(name):
+            images = sample(ema, scheduler, num_samples, **args.sampler)
+            pictures.draw_grid(folder / name, images, classes)
     losses = f"loss {row['train_loss']:.4f}  held-out {row['val_loss']:.4f}"
     say(f"epoch {run.epoch}/{args.epochs}  {losses}  {run.seconds / 60:.1f} min")
+    run.warn_if_useless()
     return row
 
 
@@ -424,12 +432,12 @@ def held_out_loss(
     """
     generator = generator_for("held-out loss", seed, images.device)
     t = torch.arange(len(images), device=images.device) * scheduler.num_timesteps // len(images)
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
-    losses = []
-    for i in range(0, len(images), CHUNK):
-        part = slice(i, i + CHUNK)
+    losses, piece = [], images_together(images.shape)
+    for i in range(0, len(images), piece):
+        part = slice(i, i + piece)
         x_0, y = to_model(images[part]), None if labels is None else labels[part]
-        losses.append(training_loss(model, scheduler, x_0, y, t[part], noise[part]))
+        noise = torch.randn(x_0.shape, generator=generator, device=images.device)
+        losses.append(training_loss(model, scheduler, x_0, y, t[part], noise))
     return t, torch.cat(losses)
 
 
@@ -465,20 +473,26 @@ def draw_denoising(
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     device, classes = scheduler.betas.device, model.num_classes
     generator = generator_for("denoising pictures", args.seed, device)
-    num_images = min(pictures.full_rows(40, classes), CHUNK)
+    num_images = min(pictures.full_rows(40, classes), images_together(model.image_shape))
     x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
-    _, labels = datasets.labels_to_draw(None, None, classes, num_images)
+    _, labels = datasets.labels_to_draw(None, None, num_images, classes)
     labels = labels if labels is None else labels.to(device)
-    how = args.sampler["num_steps"], args.eta, args.guidance, generator
-    steps = denoise(model, scheduler, x_T, labels, *how)
-    way = [(t, to_uint8(x_t).cpu(), to_uint8(x_0_pred).cpu()) for t, x_t, x_0_pred in steps]
-    shown = [way[round(i * (len(way) - 1) / 10)] for i in range(11)]
-    pairs = [torch.stack([x_t[:4], x_0_pred[:4]], 1).flatten(0, 1) for _, x_t, x_0_pred in shown]
-    columns = [f"t = {t}" if t >= 0 else "result" for t, _, _ in shown]
-    rows, title = ["x_t", "predicted x_0"] * 4, f"Reverse process, in {len(way) - 1} steps"
-    images, path = torch.stack(pairs, dim=1), folder / "denoising.png"
-    pictures.draw_images(path, images, rows, columns, title)
-    pictures.draw_gif(folder / "denoising.gif", [x_t for _, x_t, _ in way], classes)
+    num_steps = args.sampler["num_steps"]
+    shown = [round(i * num_steps / 10) for i in range(11)]  # in denoising.png
+    framed = range(num_steps, -1, -math.ceil((num_steps + 1) / 50))  # in the GIF: at most 50
+    columns, frames = {}, []
+    steps = denoise(model, scheduler, x_T, labels, num_steps, args.eta, args.guidance, generator)
+    for i, (t, x_t, x_0_pred) in enumerate(steps):
+        if i in shown:
+            pair = torch.stack([to_uint8(x_t[:4]), to_uint8(x_0_pred[:4])], dim=1)
+            columns[i] = (f"t = {t}" if t >= 0 else "result", pair.flatten(0, 1).cpu())
+        if i in framed:
+            frames.append(to_uint8(x_t).cpu())
+    labels_shown, images = zip(*(columns[i] for i in shown))
+    rows, title = ["x_t", "predicted x_0"] * 4, f"Reverse process, in {num_steps} steps"
+    path = folder / "denoising.png"
+    pictures.draw_images(path, torch.stack(images, dim=1), rows, labels_shown, title)
+    pictures.draw_gif(folder / "denoising.gif", frames, classes)
 
 
 # --- The command line -----------------------------------------------------------------------------
@@ -546,8 +560,8 @@ def sample_only(args: argparse.Namespace, device: torch.device) -> None:
     started, classes = time.monotonic(), model.num_classes
     sampler = args.sampler | {"num_steps": min(args.sample_steps, scheduler.num_timesteps)}
     grid = pictures.full_rows(NUM_SAMPLES, classes)
-    asked = args.num_samples, args.labels
-    num_samples, labels = datasets.labels_to_draw(*asked, classes, grid, model.class_names)
+    asked = args.num_samples, args.labels, grid
+    num_samples, labels = datasets.labels_to_draw(*asked, classes, model.class_names)
     images = sample(model, scheduler, num_samples, labels, **sampler)
     seconds = time.monotonic() - started
     pictures.write_images(args.output, images, labels, classes)

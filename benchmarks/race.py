@@ -38,6 +38,7 @@ from torchvision.utils import make_grid
 
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
+from support.devices import images_together
 from support.optimizers import LEARNING_RATES, make_optimizers
 
 NUM_STEPS = train_diffusion.SAMPLE_STEPS  # of every sampler
@@ -214,7 +215,7 @@ def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, in
 def draw(contender: Contender, ema: nn.Module, labels: Tensor) -> Tensor:
     """uint8 [N, 1, 28, 28]."""
     torch.manual_seed(0)
-    chunks = [contender.draw(ema, chunk) for chunk in labels.split(train_diffusion.CHUNK)]
+    chunks = [contender.draw(ema, chunk) for chunk in labels.split(images_together((1, 28, 28)))]
     return train_diffusion.to_uint8(torch.cat(chunks))
 
 

@@ -294,8 +294,8 @@ def to_arrays(images: Tensor) -> NDArray[np.uint8]:
 def labels_to_draw(
     num_samples: int | None,
     labels: Sequence[int | str] | Tensor | None,
-    num_classes: int | None,
     default: int,
+    num_classes: int | None,
     class_names: list[str] | None = None,
 ) -> tuple[int, Tensor | None]:
     """How many images are asked for, and their labels, int64 [N], or None if there are no classes.

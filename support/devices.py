@@ -1,6 +1,7 @@
 """Which device calculates, how it wants its tensors laid out, and in which precision."""
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -36,6 +37,14 @@ def choose_device(name: str = "auto") -> torch.device:
 def memory_format(device: torch.device) -> torch.memory_format:
     """Channels last is faster on CPUs and NVIDIA's GPUs; on Apple's it has had bugs."""
     return torch.preserve_format if device.type == "mps" else torch.channels_last
+
+
+PIECE = 196_000  # pixels that are drawn or measured together: 250 images of 28x28
+
+
+def images_together(image_shape: Sequence[int]) -> int:
+    """How many images [..., H, W] are drawn or measured together, so that memory suffices."""
+    return max(1, PIECE // (image_shape[-2] * image_shape[-1]))
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -113,7 +113,8 @@ def resumed_options(parser: Parser, argv: Sequence[str] | None, path: Path) -> a
         if name == "epochs" and new < old:
             parser.error(f"argument --epochs: the run in {path} has {old}; {new} are fewer")
         if new != old:
-            say(f"resuming with {option} {new} (was {old})", aloud=this_process().rank == 0)
+            rate = "; the learning rate goes on as in a run of that length" * (name == "epochs")
+            say(f"resuming with {option} {new} (was {old}){rate}", aloud=this_process().rank == 0)
     return args
 
 
@@ -146,6 +147,7 @@ def resume_command(script: str, args: argparse.Namespace) -> str:
 def command_line(script: str, *options: object) -> str:
     """What to type to call this program again, as this system's shell reads it."""
     num_processes = this_process().world_size
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={num_processes}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher += [f"--nproc-per-node={num_processes}"]
     words = [sys.executable, *(launcher if num_processes > 1 else []), script, *map(str, options)]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

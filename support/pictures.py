@@ -1,7 +1,6 @@
 """Pictures: tensors in, a file out. What they show is computed elsewhere."""
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -78,9 +77,8 @@ def write_images(
 def draw_gif(path: Path, grids: Sequence[Tensor], num_classes: int | None) -> None:
     """Grids of uint8 images [N, C, H, W], one after the other; the last stays for a while."""
     with not_vital(path.name):
-        last_first = grids[:: -math.ceil(len(grids) / 50)]  # at most 50
         frames = []
-        for images in reversed(last_first):
+        for images in grids:
             frame = grid_image(images // 16 * 17, num_classes)  # 16 grays, for a smaller file
             frames.append(ImageOps.scale(frame, 2, Image.Resampling.NEAREST))
         times = [80] * (len(frames) - 1) + [2500]  # milliseconds

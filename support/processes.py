@@ -8,14 +8,14 @@ import datetime
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from support.messages import UserError, one_line
+from support.messages import InputError, UserError, one_line
 
 
 class Process(NamedTuple):
@@ -26,17 +26,28 @@ class Process(NamedTuple):
     world_size: int = 1  # how many there are
 
 
+# What tells a task how many there are.
+OTHER_LAUNCHERS = {"SLURM's srun": "SLURM_STEP_NUM_TASKS", "MPI": "OMPI_COMM_WORLD_SIZE"}
+
+
 @functools.cache
 def this_process() -> Process:
-    """What torchrun says in the environment, read once.
+    """What PyTorch's own variables say in the environment, read once.
 
-    torchrun sets all of these variables. One that is left over from elsewhere means nothing.
+    torchrun sets all of them, and so may any other launcher. One alone, left over from elsewhere,
+    means nothing.
     """
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    others = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID")
-    if not all(os.environ.get(name) for name in names + others):
-        return Process()
-    return Process(*(int(os.environ[name]) for name in names))
+    others = ("MASTER_ADDR", "MASTER_PORT")
+    if all(os.environ.get(name) for name in names + others):
+        return Process(*(int(os.environ[name]) for name in names))
+    for launcher, name in OTHER_LAUNCHERS.items():
+        if os.environ.get(name, "1") != "1":
+            raise InputError(
+                f"{launcher} started this as one of {os.environ[name]} tasks, which do not know of "
+                f"each other. Start torchrun by it, or export {', '.join(names + others)}"
+            )
+    return Process()
 
 
 def share(tensor: Tensor) -> Tensor:
@@ -85,6 +96,13 @@ def average(tensors: list[Tensor]) -> None:
         means = sum_over_processes(torch.cat([x.flatten() for x in tensors])) / world_size
         for tensor, mean in zip(tensors, means.split([x.numel() for x in tensors])):
             tensor.copy_(mean.view(tensor.shape))
+
+
+def take_over_from_first(weights: Iterable[Tensor]) -> None:
+    """Begin with the first process's weights, so that equality rests on more than equal seeds."""
+    if this_process().world_size > 1:
+        for weight in weights:
+            dist.broadcast(weight.detach(), src=0)
 
 
 def wait_for_all(device: torch.device) -> None:

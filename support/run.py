@@ -1,5 +1,6 @@
 """Where a training run stands, and how it is begun, saved, resumed and stopped."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from support.checkpoints import Checkpoint, save_checkpoint
 from support.files import clear_leftovers, put_aside
@@ -70,6 +72,20 @@ class Run:
     def mean_loss(self) -> float:
         """Of the current epoch's steps so far. Makes the CPU wait for a GPU."""
         return self.losses[: self.step - self.start].mean().item()
+
+    def show_loss(self, bar: "tqdm[Tensor]") -> None:
+        """Beside the progress bar, where somebody sees one: fetching it makes the CPU wait."""
+        if not bar.disable:
+            bar.set_postfix(loss=f"{self.mean_loss():.4f}")
+
+    def warn_if_useless(self) -> None:
+        """A network that always says 0 has a loss of 1, the variance of the noise."""
+        if self.mean_loss() > 1:
+            problem = "a network that says nothing has 1, so this one has learned nothing"
+            say(
+                f"warning: the loss is {self.mean_loss():.2f}; {problem}. Try a lower --lr",
+                sys.stderr,
+            )
 
     def stop_if_not_finite(self) -> None:
         """End the run at a loss that is infinite or no number: nothing is learned after that."""

@@ -183,10 +183,10 @@ def test_names_that_are_numbers_are_names_for_words_and_never_for_ints(folder):
             folder(f"{name}/{i}.png", RED)
     from support.datasets import labels_to_draw
 
-    assert labels_to_draw(None, ["2", "1", "0"], 2, 9, ["1", "2"])[1].tolist() == [1, 0, 0]
-    assert labels_to_draw(None, [1, 0], 2, 9, ["1", "2"])[1].tolist() == [1, 0]
+    assert labels_to_draw(None, ["2", "1", "0"], 9, 2, ["1", "2"])[1].tolist() == [1, 0, 0]
+    assert labels_to_draw(None, [1, 0], 9, 2, ["1", "2"])[1].tolist() == [1, 0]
     with pytest.raises(InputError, match="from 0 to 1 or of 1, 2"):
-        labels_to_draw(None, [2], 2, 9, ["1", "2"])
+        labels_to_draw(None, [2], 9, 2, ["1", "2"])
 
 
 def test_an_image_size_is_for_folders_and_a_multiple_of_4(folder, tmp_path):

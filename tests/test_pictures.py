@@ -137,7 +137,7 @@ def test_the_reverse_process_shows_x_t_above_the_x_0_that_is_predicted_from_it(t
         program.draw_denoising(tmp_path, network, network.scheduler, args)
     _, shown, rows, columns, _ = draw_images.call_args.args
     assert shown.shape == (8, 11, 1, 4, 4) and rows == ["x_t", "predicted x_0"] * 4
-    assert columns == [f"t = {t}" for t in range(19, 0, -2)] + ["result"]
+    assert list(columns) == [f"t = {t}" for t in range(19, 0, -2)] + ["result"]
     grays = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1, 1)
     assert (shown[1::2] == grays).all()
     assert torch.equal(shown[::2, -1:], grays.expand(4, 1, 1, 4, 4))

@@ -21,7 +21,7 @@ from support import messages, processes
 
 def test_torchrun_is_believed_once_all_of_its_variables_are_there(as_process, monkeypatch):
     """Some that are left over from elsewhere mean nothing, whatever they are."""
-    names = "WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT TORCHELASTIC_RUN_ID".split()
+    names = "WORLD_SIZE RANK LOCAL_RANK MASTER_ADDR MASTER_PORT".split()
     for name in names:
         for left_over in ("many", "", "2"):
             monkeypatch.setenv(name, left_over)
@@ -33,6 +33,19 @@ def test_torchrun_is_believed_once_all_of_its_variables_are_there(as_process, mo
     assert processes.this_process() == (2, 2, 2)
     with pytest.raises(ValueError, match="--batch-size: must divide among 2 processes"):
         parsed("--batch-size", "15")
+
+
+@pytest.mark.parametrize("name", ["SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"])
+def test_tasks_of_another_launcher_are_told_how_to_start(name, as_process, monkeypatch):
+    processes.this_process.cache_clear()
+    monkeypatch.setenv(name, "1")
+    assert processes.this_process() == (0, 0, 1)
+    processes.this_process.cache_clear()
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(messages.UserError, match="one of 2 tasks.*torchrun.*RANK"):
+        processes.this_process()
+    as_process(1, 1, 2)  # with PyTorch's own variables too, all is well
+    assert processes.this_process() == (1, 1, 2)
 
 
 @pytest.mark.parametrize("end", [None, KeyboardInterrupt, OSError, MemoryError])
@@ -56,7 +69,8 @@ def test_processes_close_together_unless_one_fails(end, tmp_path, as_process, mo
 def test_two_processes_learn_what_one_does_and_one_resumes_them(small_data, tmp_path):
     """Up to rounding. Within the second epoch, so that a whole one is compared too."""
     options = [*TINY, "--data-dir", small_data, "--device", "cpu", "--max-steps", 10]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher.append("--nproc-per-node=2")
     one, two = tmp_path / "one", tmp_path / "two"
     result = run_program(*options, "--output-dir", two, launcher=launcher)
     assert result.returncode == 0 and result.stderr == "", result.stderr

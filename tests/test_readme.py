@@ -40,7 +40,8 @@ def test_every_other_command_of_the_program_works(small_data, tmp_path, monkeypa
     ours = [command[2:] for command in commands if command[1] == "train_diffusion.py"]
     assert len(ours) == 7
     assert [" ".join(command) for command in commands if command[2:] not in ours] == [
-        "torchrun --nproc-per-node=2 train_diffusion.py",  # test_robustness.py runs it
+        # test_processes.py runs it
+        "torchrun --standalone --local-addr=127.0.0.1 --nproc-per-node=2 train_diffusion.py",
     ]
     for options in ours:
         if "--sample-only" in options:
@@ -56,7 +57,9 @@ def test_readme_and_help_name_the_same_options():
     """And the defaults that the README states are the program's."""
     parser = program.make_parser()
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README))
-    assert named - {"--nproc-per-node"} <= set(parser._option_string_actions)
+    assert named - {"--nproc-per-node", "--standalone", "--local-addr"} <= set(
+        parser._option_string_actions
+    )
     assert all(action.help for action in parser._actions)
     default, text = parser.get_default, " ".join(README.split())
     assert f"the default is {default('guidance')}." in text

@@ -1,5 +1,6 @@
 """Runs that are resumed, killed or diverge: nothing is lost."""
 
+import math
 import multiprocessing
 import os
 import random
@@ -22,9 +23,11 @@ from conftest import (
     read_log,
     run_main,
     same_run,
+    same_state,
 )
 
 import train_diffusion as program
+from support.run import Run
 
 # --- resumed --------------------------------------------------------------------------------------
 
@@ -162,3 +165,43 @@ def test_a_long_epoch_is_saved_now_and_then(resume, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         run_main(*resume)
     assert checkpoint(tmp_path)["step"] == 7
+
+
+# --- what is said of a run ------------------------------------------------------------------------
+
+
+def test_a_notebook_that_turned_gradients_off_still_trains(resume, stopped, tmp_path):
+    with torch.no_grad():
+        assert run_main(*resume) == (0, "")
+    assert same_run(tmp_path, stopped[1])
+
+
+def test_a_loss_above_that_of_silence_is_a_warning(resume, capsys, monkeypatch):
+    loss = program.training_loss
+    monkeypatch.setattr(program, "training_loss", lambda *arguments: loss(*arguments) + 4)
+    assert run_main(*resume) == (0, "")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the loss is 1.") and "--lr" in line
+
+
+def test_an_evaluation_that_lacks_memory_is_a_warning_and_training_goes_on(
+    resume, stopped, tmp_path, capsys, monkeypatch
+):
+    """And so are pictures: a run that can train goes on."""
+    for name in ("held_out_loss", "sample", "draw_denoising"):
+        error = MemoryError() if name == "sample" else RuntimeError("CUDA out of memory")
+        monkeypatch.setattr(program, name, mock.Mock(side_effect=error))
+    assert run_main(*resume) == (0, "")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("warning: no ") for line in lines)
+    state, whole = checkpoint(tmp_path), checkpoint(stopped[1])
+    assert same_state(state["model"], whole["model"])
+    assert math.isnan(state["history"][0]["val_loss"])
+
+
+def test_a_figure_that_nobody_sees_is_not_fetched(tmp_path):
+    run = Run(tmp_path, {}, torch.full((5,), 0.5), 5, step=2)
+    for hidden in (True, False):
+        bar = mock.Mock(disable=hidden)
+        run.show_loss(bar)
+        assert bar.set_postfix.called != hidden

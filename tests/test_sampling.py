@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from test_scheduler import assert_same, ddim_step, float64_scheduler, reference_tables
 from torch import Tensor
 
-import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
 from train_diffusion import denoise, guided_noise, sample, sampling_timesteps
 
@@ -166,7 +165,7 @@ def backwards(labels: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("kind", [list, tuple, np.array, backwards, torch.tensor, torch.ByteTensor])
 @pytest.mark.parametrize("guidance", [0, 2])
 def test_labels_are_drawn_in_their_order_and_guided_in_chunks(monkeypatch, guidance, kind):
-    monkeypatch.setattr(train_diffusion, "CHUNK", 4)
+    monkeypatch.setattr("support.devices.PIECE", 4 * 16)
     network, chunks = Grays(), [[3, 1, 4, 1], [5, 2, 6, 5], [3, 5]]
     labels, unlabeled = sum(chunks, []), [10] if guidance else []
     expected = [(1 + guidance) * label for label in labels]  # (1 + w) label - w 0
@@ -190,7 +189,7 @@ def test_what_cannot_be_drawn_is_refused(classes, num_samples, labels, message):
 
 @pytest.mark.parametrize("num_classes, eta", [(None, 0.0), (3, 1.0)])
 def test_images_depend_on_the_seed_alone_and_leave_other_draws(monkeypatch, num_classes, eta):
-    monkeypatch.setattr(train_diffusion, "CHUNK", 4)
+    monkeypatch.setattr("support.devices.PIECE", 4 * 64)
     scheduler, options = NoiseScheduler(20), {"num_steps": 3, "eta": eta}
     model = UNet(scheduler, (3, 8, 8), base_channels=24, num_classes=num_classes)
     torch.manual_seed(1)

@@ -73,9 +73,9 @@ def test_timesteps_and_noise_that_are_not_given_are_drawn_uniformly_and_from_a_n
     assert t.bincount(minlength=T).tolist() == pytest.approx([count / T] * T, rel=0.15)
 
 
-@pytest.mark.parametrize("chunk", [7, 250])
+@pytest.mark.parametrize("chunk", [8, 250])
 def test_the_held_out_loss_is_that_of_the_same_noise_at_evenly_spaced_t(mnist, monkeypatch, chunk):
-    monkeypatch.setattr(program, "CHUNK", chunk)
+    monkeypatch.setattr("support.devices.PIECE", chunk * 28 * 28)
     scheduler = NoiseScheduler(T)
     model = trained(UNet(scheduler, base_channels=24, num_classes=10))
     images, labels = mnist[1][0][:60], mnist[1][1][:60]
