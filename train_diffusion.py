@@ -14,7 +14,6 @@ pictures of both processes, the command line. What is not about diffusion is in 
 
 import argparse
 import copy
-import math
 import sys
 import time
 import zlib
@@ -100,7 +99,6 @@ class Learner:
             optimizer.load_state_dict(state)
 
 
-@torch.enable_grad()
 def training_step(
     learner: Learner,
     scheduler: NoiseScheduler,
@@ -295,6 +293,7 @@ CHECK_EVERY = 20  # training steps between two looks at the loss; each makes the
 SAVE_EVERY = 300  # seconds between checkpoints within an epoch: about so much a killed run loses
 
 
+@torch.enable_grad()
 def train(args: argparse.Namespace, device: torch.device, interruption: Interruption) -> None:
     """The whole run: from the images to the trained network and its pictures.
 
@@ -325,8 +324,8 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
     model, scheduler = build_model(schedule, shape, device)
     processes.take_over_from_first(model.parameters())
     learner = Learner(model, copy.deepcopy(model).eval(), make_optimizers(model, args.optimizer))
-    built: Checkpoint = {"scheduler": schedule, "unet": shape, "class_names": data.class_names}
-    constant: Checkpoint = {**built, "settings": args.settings, "check_sums": data.check_sums}
+    named: Checkpoint = {"scheduler": schedule, "unet": shape, "class_names": data.class_names}
+    constant: Checkpoint = {**named, "settings": args.settings, "check_sums": data.check_sums}
     losses = torch.zeros(steps_per_epoch, device=device)  # one for each step of an epoch
     run = Run(path, constant, losses, min(total_steps, args.max_steps or total_steps))
 
@@ -379,21 +378,18 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         if processes.any_process(interruption.received, device):
             raise KeyboardInterrupt(*interruption.received)
         row = look(args, data, scheduler, learner.ema, run) if first else {}
+        processes.wait_for_all()
         if run.epoch_is_complete:  # else --max-steps cut it short; --resume completes it
             run.end_epoch(row)
             run.save(learner.state())  # with the row, so that a resumed run does not look again
 
     if first:
-        with messages.not_vital("weights.pt"):
-            averaged: Checkpoint = {**built, "ema": learner.ema.state_dict()}
-            checkpoints.save_checkpoint(folder / "weights.pt", averaged)
+        run.save_weights(learner.state())
         with messages.not_vital("denoising.png, denoising.gif"):
             draw_denoising(folder, learner.ema, scheduler, args)
-        done = f"{run.step} steps, {run.seconds / 60:.1f} min of training"
-        say(f"done: {done}; all files are in {folder}")
-        command = options.command_line(SCRIPT, "--sample-only", f"--checkpoint={path}")
-        say(f"draw more: {command}")
-    processes.wait_for_all(device)
+        run.say_the_end()
+        say(f"draw more: {options.command_line(SCRIPT, '--sample-only', f'--checkpoint={path}')}")
+    processes.wait_for_all()
 
 
 def look(
@@ -479,7 +475,7 @@ def draw_denoising(
     labels = labels if labels is None else labels.to(device)
     num_steps = args.sampler["num_steps"]
     shown = [round(i * num_steps / 10) for i in range(11)]  # in denoising.png
-    framed = range(num_steps, -1, -math.ceil((num_steps + 1) / 50))  # in the GIF: at most 50
+    framed = range(num_steps, -1, -(num_steps + 1) // 50)  # in the GIF: 50 at most
     columns, frames = {}, []
     steps = denoise(model, scheduler, x_T, labels, num_steps, args.eta, args.guidance, generator)
     for i, (t, x_t, x_0_pred) in enumerate(steps):

@@ -9,7 +9,7 @@ import functools
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -62,14 +62,21 @@ def joined(device: torch.device, apart: bool = False) -> Iterator[None]:
     if this_process().world_size == 1 or apart:
         yield
         return
-    # The first alone draws pictures, for which the others may have to wait long.
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    # The first alone draws pictures, for which the others may have to wait for hours.
+    group = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=1))
+    patient_group[:] = [cast(dist.ProcessGroup, group)]
     try:
         yield
     finally:  # but after an error the others may still wait, and closing would wait for them
+        patient_group.clear()
         if not isinstance(sys.exception(), Exception):
             dist.destroy_process_group()
+
+
+# In which processes wait for each other longer than for a tensor.
+patient_group: list[dist.ProcessGroup] = []
 
 
 # The last tensor that was sent. If a thread of gloo's were the last to hold it, that thread would
@@ -81,12 +88,19 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of all processes' tensors, put in its place. All of them wait here for the last."""
     if this_process().world_size > 1:
         last_sent[:] = [tensor]
-        try:
+        with explained_connection():
             dist.all_reduce(tensor)
-        except RuntimeError as error:  # mostly: the connection is closed
-            cause = one_line(error).partition(". ")[0]
-            raise UserError(f"another process cannot be reached; see its words ({cause})") from None
     return tensor
+
+
+@contextlib.contextmanager
+def explained_connection() -> Iterator[None]:
+    """Another process ended, and has said why."""
+    try:
+        yield
+    except RuntimeError as error:  # mostly: the connection is closed
+        cause = one_line(error).partition(". ")[0]
+        raise UserError(f"another process cannot be reached; see its words ({cause})") from None
 
 
 def average(tensors: list[Tensor]) -> None:
@@ -105,9 +119,11 @@ def take_over_from_first(weights: Iterable[Tensor]) -> None:
             dist.broadcast(weight.detach(), src=0)
 
 
-def wait_for_all(device: torch.device) -> None:
-    """Nobody goes on from here before all have come."""
-    any_process(False, device)
+def wait_for_all() -> None:
+    """Nobody goes on from here before all have come, however long one of them takes."""
+    if this_process().world_size > 1:
+        with explained_connection():
+            dist.barrier(patient_group[0])
 
 
 def any_process(flag: object, device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from support.checkpoints import Checkpoint, save_checkpoint
 from support.files import clear_leftovers, put_aside
-from support.messages import DivergedError, InputError, explained, say
+from support.messages import DivergedError, InputError, explained, not_vital, say
 from support.processes import this_process
 
 # What a run writes.
@@ -114,6 +114,17 @@ class Run:
             save_checkpoint(self.path, {**self.constant, **learned, **own, "history": self.history})
         self.saved_at = time.monotonic()
 
+    def save_weights(self, learned: Checkpoint) -> None:
+        """Write weights.pt: the averaged weights alone, to draw with."""
+        with not_vital("weights.pt"):
+            state: Checkpoint = {
+                "scheduler": self.constant["scheduler"],
+                "unet": self.constant["unet"],
+                "class_names": self.constant["class_names"],
+                "ema": learned["ema"],
+            }
+            save_checkpoint(self.path.with_name("weights.pt"), state)
+
     def resume(self, saved: Checkpoint, load: Callable[[Checkpoint], None]) -> None:
         """Stand where the saved run stood; `load` takes over what it had learned."""
         if this_process().rank == 0:
@@ -129,6 +140,10 @@ class Run:
             load(saved)
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.losses, self.history = saved["losses"].to(self.losses.device), saved["history"]
+
+    def say_the_end(self) -> None:
+        minutes = f"{self.seconds / 60:.1f} min of training"
+        say(f"done: {self.step} steps, {minutes}; all files are in {self.path.parent}")
 
     def say_what_comes(self, device: torch.device) -> None:
         if self.is_over:

@@ -85,3 +85,9 @@ def test_channels_come_last_but_on_apples_gpus():
     assert devices.memory_format(torch.device("mps")) == torch.preserve_format
     for name in ("cpu", "cuda:1"):
         assert devices.memory_format(torch.device(name)) == torch.channels_last
+
+
+def test_pieces_are_as_large_as_250_images_of_mnist():
+    for shape, count in (((1, 28, 28), 250), ((3, 128, 128), 11), ((9, 3, 4, 4), 12250)):
+        assert devices.images_together(shape) == count
+    assert devices.images_together((1, 1000, 1000)) == 1

@@ -3,11 +3,15 @@
 import contextlib
 import datetime
 import os
+import socket
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
 import torch
 from conftest import (
+    ROOT,
     TINY,
     checkpoint,
     parsed,
@@ -62,7 +66,8 @@ def test_processes_close_together_unless_one_fails(end, tmp_path, as_process, mo
         program.main([f"--output-dir={tmp_path}", "--device=cpu"])
     dist.init_process_group.assert_called_once()
     backend, options = dist.init_process_group.call_args
-    assert backend == ("gloo",) and options["timeout"] >= datetime.timedelta(hours=12)
+    assert backend == ("gloo",) and options["timeout"] <= datetime.timedelta(hours=1)
+    assert dist.new_group.call_args.kwargs["timeout"] >= datetime.timedelta(hours=12)
     assert dist.destroy_process_group.called == (end in (None, KeyboardInterrupt))
 
 
@@ -85,6 +90,26 @@ def test_two_processes_learn_what_one_does_and_one_resumes_them(small_data, tmp_
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-5)
     means = [state["history"][0]["train_loss"] for state in (one, two)]
     assert means[0] == pytest.approx(means[1], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_process_each_train_save_and_resume(small_data, tmp_path):
+    """As two agents of torchrun on this one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+    agent += ["--local-addr=127.0.0.1", "--rdzv-backend=c10d", f"--rdzv-endpoint={place}"]
+    new_run = [*TINY, "--data-dir", small_data, "--device", "cpu", "--max-steps", 10]
+    for options in (new_run, ["--resume", "--device", "cpu", "--max-steps", 14]):
+        words = [*agent, ROOT / "train_diffusion.py", *options, "--output-dir", tmp_path / "two"]
+        words = [str(word) for word in words]
+        machines = [subprocess.Popen(words, stdout=subprocess.DEVNULL) for _ in range(2)]
+        assert [machine.wait(timeout=100) for machine in machines] == [0, 0]
+    assert run_main(*new_run, "--output-dir", tmp_path / "one", "--max-steps", 14) == (0, "")
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert two["step"] == 14
+    torch.testing.assert_close(two["model"], one["model"], rtol=0, atol=1e-4)
 
 
 def test_the_means_over_processes_go_back_to_where_the_tensors_were(as_process, monkeypatch):

@@ -205,3 +205,21 @@ def test_a_figure_that_nobody_sees_is_not_fetched(tmp_path):
         bar = mock.Mock(disable=hidden)
         run.show_loss(bar)
         assert bar.set_postfix.called != hidden
+
+
+def test_seconds_are_those_of_training_and_not_of_looking(tmp_path, monkeypatch):
+    run, now = Run(tmp_path, {}, torch.zeros(1), 2), mock.Mock(return_value=10.0)
+    monkeypatch.setattr("time.monotonic", now)
+    for began, ended in ((10, 12), (100, 103)):
+        now.return_value = began
+        run.start_clock()
+        now.return_value = ended
+        run.count(torch.tensor(1.0))
+        run.end_epoch({})
+    assert run.seconds == 2 + 3 and run.step == 2
+
+
+def test_a_longer_run_is_told_what_becomes_of_its_learning_rate(resume_finished, capsys):
+    assert run_main(*resume_finished, "--epochs", 4) == (0, "")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("resuming with --epochs 4 (was 3); the learning rate goes on as in a ")
