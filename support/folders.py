@@ -44,7 +44,7 @@ def read_folder(
     if not kept:
         cause = f": {broken[0]}" if broken else ""
         raise InputError(f"argument --dataset: {folder} holds no picture that can be read{cause}")
-    say_left_out(broken, "cannot be read")
+    say_left_out(broken, "Pillow cannot read")
     if classes is None:
         return pixels[: len(kept)], None, None
     used = [classes[i] for i in kept]
@@ -60,8 +60,10 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str] | None]:
     hidden = [path for path in paths if any(map(is_hidden, path.parts))]
     seen = [path for path in paths if not any(map(is_hidden, path.parts))]
     pictures = [path for path in seen if path.suffix.lower() in Image.registered_extensions()]
-    say_left_out(hidden, "are hidden")
-    say_left_out([path for path in seen if path not in set(pictures)], "have no picture's suffix")
+    say_left_out(hidden, "systems hide")
+    say_left_out(
+        [path for path in seen if path not in set(pictures)], "have no suffix of a picture"
+    )
     in_classes = [path for path in pictures if len(path.parts) > 1]
     if not in_classes:
         return [folder / path for path in pictures], None
@@ -113,6 +115,5 @@ def square(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
 def say_left_out(what: list[Path] | list[str], why: str) -> None:
     if what:
-        many = f"{len(what)} files" if len(what) > 1 else "1 file"
         some = ", ".join(map(str, what[:2])) + ", ..." * (len(what) > 2)
-        say(f"warning: left out {many} that {why}: {some}", sys.stderr)
+        say(f"warning: left out {len(what)} of the files, which {why}: {some}", sys.stderr)

@@ -62,6 +62,8 @@ def joined(device: torch.device, apart: bool = False) -> Iterator[None]:
     if this_process().world_size == 1 or apart:
         yield
         return
+    if os.environ["MASTER_ADDR"].startswith("127.") and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it looks up the machine's own name
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     # The first alone draws pictures, for which the others may have to wait for hours.

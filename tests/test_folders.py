@@ -122,7 +122,7 @@ def test_what_is_left_out_is_said(folder, capsys):
     images, labels, names = read()
     assert len(images) == 2 and names == ["a", "b"]
     error = capsys.readouterr().err
-    assert "left out 3 files that are hidden" in error and "__MACOSX" in error
+    assert "left out 3 of the files, which systems hide" in error and "__MACOSX" in error
     assert "notes.txt" in error and "loose.png" in error and error.count("\n") == 3
 
 
@@ -135,7 +135,7 @@ def test_a_broken_picture_is_named_and_left_out_unless_nothing_is_left(folder, c
     (path.parent / "empty.png").touch()
     images, labels, names = read()
     assert len(images) == 2 and labels.tolist() == [0, 1] and names == ["a", "c"]
-    assert "left out 2 files" in (error := capsys.readouterr().err) and "broken.jpg" in error
+    assert "left out 2 of the files" in (error := capsys.readouterr().err) and "broken.jpg" in error
     for other in ("a/0.jpg", "c/1.png"):
         (program.Path("my_pictures") / other).unlink()
     with pytest.raises(InputError, match="my_pictures holds no picture that can be read.*broken"):
