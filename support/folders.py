@@ -59,11 +59,11 @@ def find_pictures(folder: Path) -> tuple[list[Path], list[str] | None]:
     paths.sort(key=lambda path: natural_order(str(path)))
     hidden = [path for path in paths if any(map(is_hidden, path.parts))]
     seen = [path for path in paths if not any(map(is_hidden, path.parts))]
-    pictures = [path for path in seen if path.suffix.lower() in Image.registered_extensions()]
+    known = Image.registered_extensions()
+    pictures = [path for path in seen if path.suffix.lower() in known]
+    others = [path for path in seen if path.suffix.lower() not in known]
     say_left_out(hidden, "systems hide")
-    say_left_out(
-        [path for path in seen if path not in set(pictures)], "have no suffix of a picture"
-    )
+    say_left_out(others, "have no suffix of a picture")
     in_classes = [path for path in pictures if len(path.parts) > 1]
     if not in_classes:
         return [folder / path for path in pictures], None
