@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import tempfile
+import textwrap
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -318,8 +319,8 @@ def labels_to_draw(
     good = len(array) and array.dtype.kind in "iu"  # whole numbers, with a sign or without
     if not good or not np.isin(array, np.arange(num_classes)).all():
         known = f" or of {', '.join(class_names)}" if class_names else ""
-        problem = f"must be whole numbers from 0 to {num_classes - 1}{known}, not"
-        raise InputError(f"labels (--labels) {problem} {np.array(labels).reshape(-1).tolist()}")
+        problem = f"must be whole numbers from 0 to {num_classes - 1}{known}"
+        raise InputError(f"labels (--labels) {problem}, not {textwrap.shorten(str(labels), 80)}")
     if num_samples not in (None, len(array)):
         raise InputError(f"num_samples (--num-samples) is {num_samples} for {len(array)} labels")
     return len(array), torch.from_numpy(array.astype(np.int64))
