@@ -29,7 +29,7 @@ from forward_reverse_process import NORM_GROUPS, NoiseScheduler, UNet
 from support import checkpoints, datasets, files, messages, options, pictures, processes
 from support.checkpoints import Checkpoint, NetworkShape, Schedule
 from support.datasets import load_images as load_images  # for whoever imports it from here
-from support.devices import autocast, choose_device, images_together, memory_format
+from support.devices import autocast, choose_device, images_together, memory_format, pieces
 from support.interruption import Interruption, heard_interruptions
 from support.messages import InputError, say
 from support.optimizers import LEARNING_RATES, make_optimizers
@@ -247,11 +247,10 @@ def sample(
     num_samples, y = datasets.labels_to_draw(num_samples, labels, NUM_SAMPLES, *known)
     generator = generator_for("sampling", seed, device)
     images = []
-    piece = images_together(model.image_shape)
-    for i in messages.progress_bar(range(0, num_samples, piece), "sampling"):
-        x_T_shape = (min(piece, num_samples - i), *model.image_shape)
-        x_T = torch.randn(x_T_shape, generator=generator, device=device)
-        some = None if y is None else y[i : i + piece].to(device)
+    for part in messages.progress_bar(pieces(num_samples, model.image_shape), "sampling"):
+        size = part.stop - part.start
+        x_T = torch.randn(size, *model.image_shape, generator=generator, device=device)
+        some = None if y is None else y[part].to(device)
         for _, x_t, _ in denoise(model, scheduler, x_T, some, num_steps, eta, guidance, generator):
             pass  # to the last, which is x_0
         images.append(to_uint8(x_t))
@@ -428,9 +427,8 @@ def held_out_loss(
     """
     generator = generator_for("held-out loss", seed, images.device)
     t = torch.arange(len(images), device=images.device) * scheduler.num_timesteps // len(images)
-    losses, piece = [], images_together(images.shape)
-    for i in range(0, len(images), piece):
-        part = slice(i, i + piece)
+    losses = []
+    for part in pieces(len(images), images.shape):
         x_0, y = to_model(images[part]), None if labels is None else labels[part]
         noise = torch.randn(x_0.shape, generator=generator, device=images.device)
         losses.append(training_loss(model, scheduler, x_0, y, t[part], noise))

@@ -47,6 +47,12 @@ def images_together(image_shape: Sequence[int]) -> int:
     return max(1, PIECE // (image_shape[-2] * image_shape[-1]))
 
 
+def pieces(count: int, image_shape: Sequence[int]) -> list[slice]:
+    """So many images in pieces of `images_together`."""
+    size = images_together(image_shape)
+    return [slice(i, min(i + size, count)) for i in range(0, count, size)]
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on NVIDIA's GPUs that calculate in it, for speed; elsewhere float32.
 

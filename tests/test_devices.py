@@ -91,3 +91,4 @@ def test_pieces_are_as_large_as_250_images_of_mnist():
     for shape, count in (((1, 28, 28), 250), ((3, 128, 128), 11), ((9, 3, 4, 4), 12250)):
         assert devices.images_together(shape) == count
     assert devices.images_together((1, 1000, 1000)) == 1
+    assert devices.pieces(501, (1, 28, 28)) == [slice(0, 250), slice(250, 500), slice(500, 501)]
