@@ -244,7 +244,10 @@ def test_held_out_images_are_of_every_class_that_can_spare_one_and_in_no_order(t
     assert held_out_labels.bincount(minlength=5).tolist() == [1, 10, 0, 1, 2]
     assert train_labels.tolist() == sorted(train_labels.tolist())
     assert held_out_labels.tolist() != sorted(held_out_labels.tolist())
-    assert labels[held_out[:, 0, 0, 0]].tolist() == held_out_labels.tolist()
+    which = held_out[:, 0, 0, 0].int()
+    assert labels[which].tolist() == held_out_labels.tolist()
+    spread = which[held_out_labels == 1].aminmax()  # not the first or last of a class
+    assert spread.max - spread.min > 100
     path = save(tmp_path, images=images[:3], labels=np.arange(3))
     with pytest.raises(ValueError, match="at least two images"):
         program.load_images(path)
