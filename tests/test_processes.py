@@ -121,3 +121,16 @@ def test_the_means_over_processes_go_back_to_where_the_tensors_were(as_process, 
     processes.average([loss, kernel])
     assert loss == 3.5 and torch.equal(kernel, torch.arange(24.0).reshape(2, 3, 2, 2) + 0.5)
     assert len(processes.last_sent[0]) == 25  # no thread may be the last to hold it
+
+
+def test_all_begin_with_the_weights_of_the_first(as_process, monkeypatch):
+    """As if the first had ones. A process alone asks nobody."""
+    weights = list(torch.nn.Conv2d(2, 3, 1).parameters())
+    broadcast = mock.Mock(side_effect=lambda weight, src: weight.fill_(1))
+    monkeypatch.setattr(processes.dist, "broadcast", broadcast)
+    processes.take_over_from_first(weights)
+    assert not broadcast.called
+    as_process(1, 1, 2)
+    processes.take_over_from_first(weights)
+    assert all((weight == 1).all() for weight in weights)
+    assert [call.kwargs for call in broadcast.call_args_list] == [{"src": 0}] * 2
