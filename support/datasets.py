@@ -138,12 +138,8 @@ def read_dataset(
         if image_size < 4 or image_size % 4:
             raise InputError(f"argument --image-size: must be a multiple of 4, not {image_size}")
         images, labels, names = read_folder(path, image_size)
-        splits, names = hold_out(path, images, labels), names
-    elif dataset in IDX_SETS:
-        splits, names = read_idx_set(dataset, data_dir), None
-    else:
-        splits, names = read_npz(path), None
-    return splits, names
+        return hold_out(path, images, labels), names
+    return read_idx_set(dataset, data_dir) if dataset in IDX_SETS else read_npz(path), None
 
 
 def read_idx_set(dataset: str, data_dir: str | Path | None) -> list[Split]:
@@ -239,12 +235,12 @@ def hold_out(
         raise InputError(f"{path}: there must be at least two images, one of them to hold out")
     held_out = order[torch.isin(order, torch.cat(chosen))]
     rest = torch.ones(len(images), dtype=torch.bool).index_fill(0, held_out, False).nonzero()[:, 0]
-    splits = [(everything[held_out], None if all_labels is None else all_labels[held_out])]
+    test = everything[held_out], None if all_labels is None else all_labels[held_out]
     for i in range(0, len(rest), 1000):  # moved up in place: the images are not held twice
         part = rest[i : i + 1000].numpy()
         images[i : i + len(part)] = images[part]
-    kept = everything[: len(rest)], None if all_labels is None else all_labels[rest]
-    return matching(path, [kept, *splits])
+    train = everything[: len(rest)], None if all_labels is None else all_labels[rest]
+    return matching(path, [train, test])
 
 
 def matching(path: Path, splits: list[Split]) -> list[Split]:

@@ -48,8 +48,8 @@ def read_folder(
     if classes is None:
         return pixels[: len(kept)], None, None
     used = [classes[i] for i in kept]
-    names = list(dict.fromkeys(used))
-    return pixels[: len(kept)], np.array([names.index(name) for name in used]), names
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(used))}
+    return pixels[: len(kept)], np.array([numbers[name] for name in used]), list(numbers)
 
 
 def find_pictures(folder: Path) -> tuple[list[Path], list[str] | None]:

@@ -51,8 +51,7 @@ def grid_image(images: Tensor, num_classes: int | None) -> Image.Image:
 
 def draw_grid(path: Path, images: Tensor, num_classes: int | None) -> None:
     """The same as a PNG."""
-    with not_vital(path.name):
-        write_file(path, lambda file: grid_image(images, num_classes).save(file, "PNG"))
+    write_file(path, lambda file: grid_image(images, num_classes).save(file, "PNG"))
 
 
 def write_images(

@@ -133,7 +133,7 @@ class Run:
             images = self.constant["settings"]["dataset"]
             problem = f"the images of {images} are not what {self.path} was trained on"
             if str(images).endswith(".npz"):
-                problem += " (or held out: since December 2026 these are drawn by chance)"
+                problem += " (or held out: earlier versions held out the last ones)"
             raise InputError(f"--resume: {problem}. Give their --dataset or --data-dir")
         other = (KeyError, ValueError, RuntimeError)  # as PyTorch finds other names and shapes
         with explained(self.path, "does not fit this program", "Name another --output-dir", other):
