@@ -1,21 +1,35 @@
 """How good are the digits? Beside real ones, in the features of a small digit classifier.
 
-    python benchmarks/quality.py checkpoint.pt    # draws --num-samples digits and judges them
+    python benchmarks/quality.py checkpoint.pt    # draws digits three times and judges them
     python benchmarks/quality.py samples.npz      # judges what --sample-only --output wrote
 
-Prints one line of JSON per file. A checkpoint of a network with labels draws them in the training
-set's proportions. An .npz file holds images, uint8 [N, 28, 28], and perhaps labels, int [N], the
-digits that were asked for; an .npy file holds images alone.
+Prints one line of JSON per file. Every figure is the mean of all draws, with the lowest and the
+highest; beside it stands what ten draws of as many real images get.
 
-Inception features say little about digits, and a Frechet distance depends on the number of samples.
-So every line states N and the floor: the same distance for N real training images, which is what a
-perfect generator would reach. Where labels are known, the real images have the same class shares as
-the labels, since these shares are given and not achieved. For labels in the data's proportions that
-floor is lower than the one of images drawn at random, whose shares differ by chance. The classifier
-has seen the training images; so they lie a little farther from the test images than new ones would.
-Coverage and density are those of the first N test images.
+    frechet                  how far the digits' features are from those of the 10,000 test images,
+                             by mean and covariance
+    over_floor               the same, divided by the mean distance of the real images: the floor
+    as_asked                 share of the digits that the classifier takes for what was asked
+    sure                     share of which it is at least 99 % sure, whatever it takes them for
+    coverage, density        how much of the real digits' variety is there, how typical the drawn
+                             ones are; of N digits among N real ones, ideally 1 - 2^-5 = .969 and 1
+    class_total_variation    how far the shares of the classes are from the training set's
+    near_training_images     share nearer to a training image than 99 % of the test images are: .01
+                             by definition for new digits, more for copies
 
-The classifier is trained once, by a fixed seed, and cached in benchmarks/cache/.
+No image has two roles. The classifier is trained on one half of the training split, and the real
+images come from the other half: those that the classifier has seen would look too typical to it.
+They have the class shares of the labels, since these shares are given and not achieved.
+
+The test images are for the tables in RESULTS.md alone. What is chosen is chosen with --choose: the
+place of the test images is taken by 10,000 training images, which neither the classifier nor the
+networks compared may have seen. Train these networks without them, by race.py --choose.
+
+An .npz file holds images, uint8 [N, 28, 28], and perhaps labels, int [N], the digits that were
+asked for; an .npy file holds images alone. Either is one draw. A checkpoint of a network with
+labels draws them in the training set's proportions. The floor falls as N grows, so only ratios of
+the same N compare. Inception features, the usual ones, say little about digits. The classifier is
+trained once, by a fixed seed, and cached in benchmarks/cache/.
 """
 
 import argparse
@@ -23,7 +37,10 @@ import functools
 import inspect
 import json
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,12 +50,16 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_diffusion
 from support.datasets import Split, to_tensors
+from support.options import number
 
-CACHE = Path(__file__).resolve().parent / "cache" / "classifier.pt"
-SURE = 0.99  # a digit is legible if the classifier gives one class at least this probability
+CACHE = Path(__file__).resolve().parent / "cache" / "classifier_of_one_half.pt"
+SURE = 0.99  # the classifier is sure of a digit if it gives one class at least this probability
 NEIGHBORS = 5  # k of coverage and density (Naeem et al. 2020 use 5)
+REAL_DRAWS = 10  # draws of real images, for the floor and what stands beside every figure
 NUM_CLASSES = 10
 IMAGE_SHAPE = (1, 28, 28)
+
+# --- The images and their roles -------------------------------------------------------------------
 
 
 @functools.cache
@@ -47,6 +68,35 @@ def mnist() -> list[tuple[Tensor, Tensor]]:
     (images, labels), (test_images, test_labels) = train_diffusion.load_images("MNIST")
     assert labels is not None and test_labels is not None
     return [(images, labels), (test_images, test_labels)]
+
+
+def classifier_half() -> tuple[Tensor, Tensor]:
+    """The images and labels that the classifier is trained on: every second of the training set."""
+    images, labels = mnist()[0]
+    return images[::2], labels[::2]
+
+
+@dataclass
+class Roles:
+    """Which images do what, beside those of the classifier."""
+
+    reference: Tensor  # real digits that the drawn ones are compared with
+    others: Tensor  # real digits that are drawn for the floor
+    others_labels: Tensor
+    trained_on: Tensor  # what the networks that are judged may have seen
+    trained_on_labels: Tensor
+
+
+def roles(choose: bool = False) -> Roles:
+    """For the tables, or to choose by: then a third of the classifier's other half is kept back."""
+    (images, labels), (test_images, _) = mnist()
+    sixth = torch.arange(len(images)) % 6  # 0, 2 and 4 are the classifier's
+    if not choose:
+        other = sixth % 2 == 1
+        return Roles(test_images, images[other], labels[other], images, labels)
+    kept_back, other = sixth == 1, (sixth == 3) | (sixth == 5)
+    seen = ~kept_back
+    return Roles(images[kept_back], images[other], labels[other], images[seen], labels[seen])
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -81,10 +131,11 @@ class DigitClassifier(nn.Module):
         return self.head(self.features(images))
 
 
-def train_classifier(epochs: int = 8, batch_size: int = 128) -> DigitClassifier:
-    """Train on images shifted by up to two pixels; about four minutes on two cores."""
+def train_classifier(
+    images: Tensor, labels: Tensor, epochs: int = 12, batch_size: int = 128
+) -> DigitClassifier:
+    """Train on images shifted by up to two pixels; about three minutes on two cores."""
     torch.manual_seed(0)
-    images, labels = mnist()[0]
     padded = F.pad(images, (2, 2, 2, 2))
     model = DigitClassifier().to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
@@ -110,12 +161,12 @@ def load_classifier() -> DigitClassifier:
         model = DigitClassifier()
         model.load_state_dict(torch.load(CACHE, weights_only=True))
         return model.eval()
-    model = train_classifier()
+    model = train_classifier(*classifier_half())
     images, labels = mnist()[1]
     accuracy = share(look(model, images)[1].argmax(1) == labels)
     print(f"classifier: {accuracy:.2%} of the test split", file=sys.stderr)
-    if accuracy < 0.994:
-        raise SystemExit("the classifier is too weak to judge by (below 99.4 %)")
+    if accuracy < 0.99:
+        raise SystemExit("the classifier is too weak to judge by (below 99 %)")
     CACHE.parent.mkdir(exist_ok=True)
     torch.save(model.state_dict(), CACHE)
     return model
@@ -133,7 +184,12 @@ def look(model: DigitClassifier, images: Tensor) -> tuple[Tensor, Tensor]:
 
 def share(flags: Tensor) -> float:
     """The share of a bool tensor that is true."""
-    return round(flags.double().mean().item(), 4)
+    return flags.double().mean().item()
+
+
+def evenly(images: Tensor, num: int) -> Tensor:
+    """num of the images, evenly spaced: the first test images are easier than the last."""
+    return images[torch.arange(num) * len(images) // num]
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -179,73 +235,89 @@ def proportional_labels(num_samples: int, train_labels: Tensor) -> Tensor:
     return torch.arange(NUM_CLASSES).repeat_interleave(counts)
 
 
-def draw_real(num_samples: int, labels: Tensor | None) -> Tensor:
-    """Real training images, without replacement, for the floor: uint8 [num_samples, 1, 28, 28].
+def draw_real(images: Roles, num_samples: int, labels: Tensor | None, seed: int) -> Tensor:
+    """Real images for the floor, without replacement: uint8 [num_samples, 1, 28, 28].
 
-    With labels, int64 [num_samples], there are as many images of each class as labels. With labels
-    in the data's proportions they score lower than images drawn at random do, whose class shares
-    are a matter of chance.
+    With labels, int64 [num_samples], there are as many images of each class as labels.
     """
-    images, train_labels = mnist()[0]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(images.others), generator=torch.Generator().manual_seed(seed))
     if labels is None:
-        return images[order[:num_samples]]
+        return images.others[order[:num_samples]]
     chosen = []
     for digit, count in enumerate(labels.bincount(minlength=NUM_CLASSES).tolist()):
-        of_class = order[train_labels[order] == digit]
+        of_class = order[images.others_labels[order] == digit]
         if count > len(of_class):
             raise ValueError(f"{count} samples of {digit}, but only {len(of_class)} real images")
         chosen.append(of_class[:count])
-    return images[torch.cat(chosen)]
+    return images.others[torch.cat(chosen)]
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """The mean of all draws, the lowest and the highest."""
+    figures = {"mean": sum(values) / len(values), "low": min(values), "high": max(values)}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 class Judge:
     """What is known of the real images, computed once. Call it to get the figures of samples."""
 
-    def __init__(self) -> None:
-        self.model = load_classifier()
-        (self.train_images, train_labels), (test_images, test_labels) = mnist()
-        self.test_features, test_probs = look(self.model, test_images)
-        self.legible = share(test_probs.amax(1) >= SURE)
-        self.accuracy = share(test_probs.argmax(1) == test_labels)
-        self.train_classes = train_labels.bincount(minlength=NUM_CLASSES) / len(train_labels)
-        test_distance = distance_to_training_set(test_images[:2000], self.train_images)
-        self.copy_threshold = test_distance.quantile(0.01)
+    def __init__(self, classifier: DigitClassifier, images: Roles) -> None:
+        self.classifier, self.images = classifier, images
+        self.reference_features, _ = look(classifier, images.reference)
+        counts = images.trained_on_labels.bincount(minlength=NUM_CLASSES)
+        self.classes = counts / counts.sum()
+        some = evenly(images.reference, min(2000, len(images.reference)))
+        self.copy_threshold = distance_to_training_set(some, images.trained_on).quantile(0.01)
+        self.real_figures: dict[object, list[dict[str, float]]] = {}
 
-    def __call__(self, samples: Tensor, labels: Tensor | None = None) -> dict[str, float]:
-        """The figures of samples, uint8 [N, 1, 28, 28]; labels, int64 [N], are what was asked for.
+    def __call__(self, draws: Sequence[Tensor], labels: Tensor | None = None) -> dict[str, Any]:
+        """The figures of draws, each uint8 [N, 1, 28, 28]; labels, int64 [N], are what was asked.
 
-        The floor is the Frechet distance of N real training images: with labels, of images that
-        have the labels' class shares (see `draw_real`), else of images drawn at random.
+        A figure is {"mean", "low", "high", "real": {"mean", "low", "high"}}.
         """
-        features, probs = look(self.model, samples)
-        distance = frechet_distance(features, self.test_features)
-        real_features, _ = look(self.model, draw_real(len(samples), labels))
-        floor = frechet_distance(real_features, self.test_features)
+        num_samples = len(draws[0])
+        most = len(self.reference_features)
+        if not NEIGHBORS < num_samples <= most:
+            raise ValueError(f"{num_samples} digits: {NEIGHBORS + 1} to {most} can be judged")
+        real = self.of_real_images(num_samples, None if labels is None else labels.sort().values)
+        floor = sum(each["frechet"] for each in real) / len(real)
+        drawn = []
+        for samples in draws:
+            nearest = distance_to_training_set(samples, self.images.trained_on)
+            copies = {"near_training_images": share(nearest < self.copy_threshold)}
+            drawn.append(self.of_one_draw(samples, labels) | copies)
+        for each in [*real, *drawn]:
+            each["over_floor"] = each["frechet"] / floor
+        result: dict[str, Any] = {"num_samples": num_samples, "draws": len(draws)}
+        for name in drawn[0]:
+            result[name] = dict(summary([each[name] for each in drawn]))
+            if name in real[0]:
+                result[name]["real"] = summary([each[name] for each in real])
+        return result
+
+    def of_real_images(self, num_samples: int, labels: Tensor | None) -> list[dict[str, float]]:
+        """The figures of ten draws of real images: see `draw_real`."""
+        key = num_samples if labels is None else tuple(labels.tolist())
+        if key not in self.real_figures:
+            draws = (draw_real(self.images, num_samples, labels, i) for i in range(REAL_DRAWS))
+            self.real_figures[key] = [self.of_one_draw(images, labels) for images in draws]
+        return self.real_figures[key]
+
+    def of_one_draw(self, samples: Tensor, labels: Tensor | None) -> dict[str, float]:
+        features, probs = look(self.classifier, samples)
+        among = evenly(self.reference_features, len(samples))
+        density, coverage = density_and_coverage(among, features)
         classes = probs.argmax(1).bincount(minlength=NUM_CLASSES) / len(samples)
-        density, coverage = density_and_coverage(self.test_features[: len(samples)], features)
-        nearest = distance_to_training_set(samples, self.train_images)
         figures = {
-            "num_samples": len(samples),
-            "frechet": round(distance, 4),
-            "frechet_floor": round(floor, 4),
-            "frechet_over_floor": round(distance / floor, 2),
-            "legible": share(probs.amax(1) >= SURE),
-            "legible_test_images": self.legible,
+            "frechet": frechet_distance(features, self.reference_features),
+            "sure": share(probs.amax(1) >= SURE),
+            "coverage": coverage,
+            "density": density,
+            "class_total_variation": 0.5 * (classes - self.classes).abs().sum().item(),
         }
-        if labels is not None:  # how many samples are taken for the digit that was asked for
-            figures["conditional_accuracy"] = share(probs.argmax(1) == labels)
-        total_variation = 0.5 * (classes - self.train_classes).abs().sum().item()
-        return figures | {
-            "accuracy_test_images": self.accuracy,
-            "class_total_variation": round(total_variation, 4),
-            "density": round(density, 3),
-            "coverage": round(coverage, 3),
-            # Of real test images this is 0.01 by definition; more means copies of training images.
-            "closer_to_training_set_than_99_percent_of_test_images": share(
-                nearest < self.copy_threshold
-            ),
-        }
+        if labels is not None:
+            figures["as_asked"] = share(probs.argmax(1) == labels)
+        return figures
 
 
 # --- The samples ----------------------------------------------------------------------------------
@@ -262,22 +334,28 @@ def read_samples(path: Path) -> Split:
     return to_tensors(path, content["images"], labels)
 
 
-def draw_samples(path: Path, options: argparse.Namespace) -> tuple[Split, dict[str, float]]:
+def draw_samples(
+    path: Path, args: argparse.Namespace
+) -> tuple[list[Tensor], Tensor | None, dict[str, float]]:
     """What a checkpoint draws, with which labels (None if it has none), and how it was drawn."""
     model, scheduler = train_diffusion.load_model(path)
-    num_steps, eta, guidance = options.sample_steps, options.eta, options.guidance
-    num_samples, labels = options.num_samples, None
+    num_steps, eta, guidance = args.sample_steps, args.eta, args.guidance
+    num_samples, labels = args.num_samples, None
     if model.num_classes is None:
         guidance = 0  # there is nothing to guide by
     elif model.num_classes != NUM_CLASSES:
         raise ValueError(f"{path} has {model.num_classes} classes, not MNIST's {NUM_CLASSES}")
     else:
         labels = proportional_labels(num_samples, mnist()[0][1])
-    images = train_diffusion.sample(
-        model, scheduler, num_samples, labels, num_steps, eta, guidance, options.seed
-    )
-    how = {"sample_steps": num_steps, "eta": eta, "guidance": guidance, "seed": options.seed}
-    return (images, labels), how
+    how = {"sample_steps": num_steps, "eta": eta, "guidance": guidance, "seed": args.seed}
+    seeds = range(args.seed, args.seed + args.draws)
+    draws = [
+        train_diffusion.sample(
+            model, scheduler, num_samples, labels, num_steps, eta, guidance, seed
+        )
+        for seed in seeds
+    ]
+    return draws, labels, how
 
 
 def main() -> None:
@@ -288,30 +366,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, number(int, 1, 10_000)
     add("files", nargs="+", type=Path, help=".npz or .npy samples, or .pt checkpoints")
-    add("--num-samples", type=int, default=2000, help="to draw with a checkpoint (%(default)s)")
-    add("--sample-steps", type=int, default=default["num_steps"], help="(%(default)s)")
+    add("--choose", action="store_true", help="beside training images kept back for choices")
+    add("--num-samples", type=count, default=2000, help="of a checkpoint's draw (%(default)s)")
+    add("--draws", type=count, default=3, help="of a checkpoint (%(default)s)")
+    add("--sample-steps", type=count, default=default["num_steps"], help="(%(default)s)")
     add("--eta", type=float, default=default["eta"], help="0: DDIM, 1: DDPM (%(default)s)")
     add("--guidance", type=float, default=default["guidance"], help="0: none (%(default)s)")
-    add("--seed", type=int, default=default["seed"], help="of the samples (%(default)s)")
-    options = parser.parse_args()
+    add("--seed", type=int, default=default["seed"], help="of the first draw (%(default)s)")
+    args = parser.parse_args()
 
-    the_judge = functools.cache(Judge)
-    for path in options.files:
+    @functools.cache  # and not before the files have been read
+    def judge() -> Judge:
+        return Judge(load_classifier(), roles(args.choose))
+
+    for path in args.files:
         try:
             how: dict[str, float] = {}
             if path.suffix in (".npz", ".npy"):
                 images, labels = read_samples(path)
+                draws = [images]
             else:
-                (images, labels), how = draw_samples(path, options)
-            if images.shape[1:] != IMAGE_SHAPE:
-                raise ValueError(f"{path}: images are {list(images.shape[1:])}, not MNIST's")
+                draws, labels, how = draw_samples(path, args)
+            if draws[0].shape[1:] != IMAGE_SHAPE:
+                raise ValueError(f"{path}: images are {list(draws[0].shape[1:])}, not MNIST's")
             if labels is not None and labels.max() >= NUM_CLASSES:
                 raise ValueError(f"{path}: labels must be 0 to {NUM_CLASSES - 1}")
+            figures = judge()(draws, labels)
         except (ValueError, OSError) as error:
             parser.error(str(error))
-        print(json.dumps({"file": str(path), **how, **the_judge()(images, labels)}), flush=True)
+        print(json.dumps({"file": str(path), **how, **figures}), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Every contender trains once, as its own documentation trains, on the same images
 memory, for the largest number of minutes; the weights are kept at each of --minutes. Only training
 counts: the clock stands still while weights are kept, and judging comes after the race. Each draws
 --num-samples digits with its averaged weights and its own sampler in 25 steps, and quality.py
-judges them all.
+judges --draws of them for each.
 
 In favor of the others: each gets an average of its weights that forgets its random start, the label
 to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024). In
@@ -27,11 +27,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from quality import NUM_CLASSES, Judge, mnist, proportional_labels
+from quality import NUM_CLASSES, Judge, load_classifier, mnist, proportional_labels, roles
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import make_grid
@@ -171,14 +172,13 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
 
 
 def training(
-    contender: Contender, length: float = math.inf
+    contender: Contender, images: Tensor, labels: Tensor, length: float = math.inf
 ) -> Iterator[tuple[float, int, nn.Module]]:
     """Train step by step. Yields the seconds and images so far, and the averaged network.
 
     Seconds are those of training alone: the clock stands still between a yield and the next step.
     A learning rate that falls is 0 after `length` seconds.
     """
-    images, labels = mnist()[0]
     model, ema = contender.model.train(), copy.deepcopy(contender.model).eval()
     rates = [optimizer.param_groups[0]["lr"] for optimizer in contender.optimizers]
     seconds = 0.0
@@ -200,10 +200,12 @@ def training(
         yield seconds, (step + 1) * contender.batch_size, ema
 
 
-def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, int]]:
+def race(
+    contender: Contender, images: Tensor, labels: Tensor, minutes: list[float]
+) -> list[tuple[nn.Module, int]]:
     """Train for the largest of minutes; the averaged network and the images seen at each."""
     kept: list[tuple[nn.Module, int]] = []
-    for seconds, seen, ema in training(contender, 60 * minutes[-1]):
+    for seconds, seen, ema in training(contender, images, labels, 60 * minutes[-1]):
         if seconds >= 60 * minutes[len(kept)]:
             kept.append((copy.deepcopy(ema), seen))
         if len(kept) == len(minutes):
@@ -212,20 +214,20 @@ def race(contender: Contender, minutes: list[float]) -> list[tuple[nn.Module, in
 
 
 @torch.no_grad()
-def draw(contender: Contender, ema: nn.Module, labels: Tensor) -> Tensor:
+def draw(contender: Contender, ema: nn.Module, labels: Tensor, seed: int = 0) -> Tensor:
     """uint8 [N, 1, 28, 28]."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     chunks = [contender.draw(ema, chunk) for chunk in labels.split(images_together((1, 28, 28)))]
     return train_diffusion.to_uint8(torch.cat(chunks))
 
 
-def draw_picture(path: Path, rows: list[dict[str, str | float]], digits: dict[str, Tensor]) -> None:
+def draw_picture(path: Path, rows: list[dict[str, Any]], digits: dict[str, Tensor]) -> None:
     """Distance over minutes, and ten digits of each contender beside real ones."""
     figure = Figure(figsize=(13, 3.6), layout="constrained")
     curves, pictures = figure.subplots(1, 2, width_ratios=[1, 1.2])
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        distances = [row["frechet_over_floor"] for row in mine]
+        distances = [row["over_floor"]["mean"] for row in mine]
         curves.plot([row["minutes"] for row in mine], distances, marker="o", label=name)
     curves.axhline(1, color="gray", linestyle=":")
     curves.set(xlabel="minutes of training", yscale="log", ylim=(0.8, None))
@@ -247,6 +249,8 @@ def main() -> None:
     add = parser.add_argument
     add("--minutes", type=float, nargs="+", default=[5, 15], help="when to judge (%(default)s)")
     add("--num-samples", type=int, default=1000, help="digits to judge by (%(default)s)")
+    add("--draws", type=int, default=3, help="of so many digits (%(default)s)")
+    add("--choose", action="store_true", help="train and judge by training images: see quality.py")
     everyone, others = list(CONTENDERS), list(CONTENDERS)[:4]
     add("--contenders", nargs="+", choices=everyone, default=others, help="(the first four)")
     add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
@@ -254,16 +258,20 @@ def main() -> None:
     args = parser.parse_args()
     minutes = sorted(args.minutes)
 
-    judge, labels = Judge(), proportional_labels(args.num_samples, mnist()[0][1])
+    images = roles(args.choose)
+    train_on = images.trained_on, images.trained_on_labels
+    judge = Judge(load_classifier(), images)
+    labels = proportional_labels(args.num_samples, mnist()[0][1])
     test_images, test_labels = mnist()[1]
     first = [int((test_labels == digit).nonzero()[0]) for digit in range(NUM_CLASSES)]
     rows, digits = [], {"real digits": test_images[first]}
     for name in args.contenders:
         torch.manual_seed(args.seed)
         contender = CONTENDERS[name]()
-        for minute, (ema, seen) in zip(minutes, race(contender, minutes)):
+        for minute, (ema, seen) in zip(minutes, race(contender, *train_on, minutes)):
             started = time.perf_counter()
-            figures = judge(draw(contender, ema, labels), labels)
+            seeds = range(args.draws)
+            figures = judge([draw(contender, ema, labels, seed) for seed in seeds], labels)
             figures["sampling_and_judging_seconds"] = round(time.perf_counter() - started)
             rows.append({"name": name, "minutes": minute, "images": seen, **figures})
             print(json.dumps(rows[-1]), flush=True)

@@ -16,7 +16,7 @@ import sys
 import time
 
 import torch
-from quality import NUM_CLASSES
+from quality import NUM_CLASSES, mnist
 from race import CONTENDERS, training
 
 import train_diffusion
@@ -33,7 +33,7 @@ def peak_memory(name: str) -> int | None:
 
 
 def print_peak_memory(name: str) -> None:
-    steps = training(CONTENDERS[name]())
+    steps = training(CONTENDERS[name](), *mnist()[0])
     for _ in range(3):
         next(steps)
     peak = None
@@ -69,7 +69,7 @@ def main() -> None:
     memory = {name: peak_memory(name) for name in names}
     torch.manual_seed(0)
     contenders = {name: CONTENDERS[name]() for name in names}
-    steps = {name: training(contender) for name, contender in contenders.items()}
+    steps = {name: training(contender, *mnist()[0]) for name, contender in contenders.items()}
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds + 1):
         for name in names:

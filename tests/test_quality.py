@@ -1,11 +1,14 @@
 """What benchmarks/quality.py measures, where the answer is known."""
 
+import json
 import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+
+import train_diffusion as program
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import quality
@@ -58,10 +61,136 @@ def test_proportional_labels_have_the_shares_of_the_training_set(num_samples, mn
     assert counts.sum() == num_samples and (counts - exact).abs().max() < 1
 
 
+@pytest.mark.parametrize("choose", [False, True])
+def test_no_image_has_two_roles(choose, monkeypatch):
+    """The classifier's half, the real images beside, what is compared with, what is trained on."""
+    train, test = (list(range(60)), list(range(100, 120)))
+    monkeypatch.setattr(quality, "mnist", lambda: [(torch.tensor(x), torch.tensor(x))
+                                                   for x in (train, test)])  # fmt: skip
+    classifier, labels = quality.classifier_half()
+    images = quality.roles(choose)
+    assert torch.equal(classifier, labels) and torch.equal(images.others, images.others_labels)
+    assert torch.equal(images.trained_on, images.trained_on_labels)
+    seen, others, reference, trained_on = (
+        set(part.tolist())
+        for part in (classifier, images.others, images.reference, images.trained_on)
+    )
+    assert len(seen) == 30 and not seen & others and not (seen | others) & reference
+    assert len(seen | others) == (50 if choose else 60)
+    assert not reference & trained_on and trained_on == set(train) - reference
+    assert reference == (set(train[1::6]) if choose else set(test))
+
+
 def test_real_images_for_the_floor_have_the_labels_shares(mnist):
-    images, labels = mnist[0]
+    (images, labels), (test_images, _) = mnist
+    roles = quality.Roles(test_images, images, labels, images, labels)
     asked = torch.tensor([3] * 20 + [8] * 5)
-    drawn = quality.draw_real(25, asked)
+    drawn = quality.draw_real(roles, 25, asked, seed=0)
     which = torch.cdist(drawn.flatten(1).float(), images.flatten(1).float()).argmin(dim=1)
     assert labels[which].tolist() == asked.tolist() and len(which.unique()) == 25
-    assert len(quality.draw_real(9, None)) == 9
+    assert len(quality.draw_real(roles, 9, None, seed=0)) == 9
+    assert not torch.equal(drawn, quality.draw_real(roles, 25, asked, seed=1))
+    with pytest.raises(ValueError, match="7000 samples of 4, but only 5842 real images"):
+        quality.draw_real(roles, 7000, torch.full((7000,), 4), seed=0)
+
+
+def test_images_are_taken_evenly():
+    assert quality.evenly(torch.arange(10), 4).tolist() == [0, 2, 5, 7]
+    assert quality.evenly(torch.arange(10), 10).tolist() == list(range(10))
+
+
+@pytest.fixture(scope="module")
+def judge(mnist):
+    """By a classifier trained for seconds. It compares with 600 test images."""
+    (images, labels), (test_images, _) = mnist
+    classifier = quality.train_classifier(images[:6000], labels[:6000], epochs=1)
+    real, new = slice(6000, 9000), slice(9000, 12000)
+    roles = quality.Roles(test_images[:600], images[real], labels[real], images[new], labels[new])
+    return quality.Judge(classifier, roles)
+
+
+def without(figures, *names):
+    return {name: value for name, value in figures.items() if name not in names}
+
+
+def test_shuffled_labels_change_what_is_as_asked_alone(judge, mnist):
+    images, labels = (part[20000:20500] for part in mnist[0])
+    shuffled = labels[torch.randperm(500, generator=torch.Generator().manual_seed(0))]
+    right, wrong = judge([images], labels), judge([images], shuffled)
+    assert right["as_asked"]["mean"] > 0.6 and 0.05 < wrong["as_asked"]["mean"] < 0.15
+    assert right["as_asked"]["real"] == wrong["as_asked"]["real"]
+    assert without(right, "as_asked") == without(wrong, "as_asked")
+    assert judge([images]).keys() == without(right, "as_asked").keys()
+
+
+def test_real_images_against_themselves_are_perfect(judge):
+    figures = judge([judge.images.reference])
+    assert figures["frechet"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert figures["over_floor"]["mean"] == pytest.approx(0, abs=1e-4)
+    assert figures["coverage"]["mean"] == 1
+    assert figures["near_training_images"]["mean"] == pytest.approx(0.01, abs=0.005)
+
+
+def test_training_images_are_found_to_be_copies(judge):
+    assert judge([judge.images.trained_on[:50]])["near_training_images"]["mean"] == 1
+
+
+def test_figures_are_the_mean_of_all_draws_beside_ten_of_real_images(judge, monkeypatch):
+    """Real images as draws: two of the ten that make the floor, and no others."""
+    labels = quality.proportional_labels(300, judge.images.trained_on_labels)
+    draws = [quality.draw_real(judge.images, 300, labels, seed) for seed in range(10)]
+    figures = judge(draws, labels)
+    assert figures["num_samples"] == 300 and figures["draws"] == 10
+    assert figures["over_floor"]["mean"] == pytest.approx(1, abs=1e-4)
+    assert figures["over_floor"]["low"] < 1 < figures["over_floor"]["high"]
+    for name in ("frechet", "over_floor", "as_asked", "sure", "coverage", "density"):
+        assert without(figures[name], "real") == figures[name]["real"], name
+    two = judge(draws[:2], labels)
+    assert two["frechet"]["real"] == figures["frechet"]["real"]
+    each = [judge([draw], labels)["frechet"]["mean"] for draw in draws[:2]]
+    assert without(two["frechet"], "real") == pytest.approx(
+        {"mean": sum(each) / 2, "low": min(each), "high": max(each)}, abs=1e-4
+    )
+    assert each[0] != each[1]
+
+
+def test_a_digit_is_sure_if_one_class_has_99_percent(judge, monkeypatch):
+    """Half of six are sure, two are not what was asked, all but one are of class 0."""
+    probs = torch.full((6, 10), 0.001)
+    probs[range(6), [0, 0, 0, 0, 0, 3]] = torch.tensor([0.991, 0.999, 0.995, 0.989, 0.6, 0.5])
+    monkeypatch.setattr(quality, "look", lambda model, images: (torch.randn(6, 64), probs))
+    figures = judge.of_one_draw(torch.zeros(6, 1, 28, 28), torch.tensor([0, 1, 2, 0, 0, 3]))
+    assert figures["sure"] == 0.5 and figures["as_asked"] == pytest.approx(4 / 6)
+    shares = judge.images.trained_on_labels.bincount() / 3000
+    classes = torch.tensor([5, 0, 0, 1, 0, 0, 0, 0, 0, 0]) / 6
+    expected = (classes - shares).abs().sum().item() / 2
+    assert figures["class_total_variation"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("num_samples", [5, 601])
+def test_too_few_or_too_many_digits_are_refused(judge, num_samples):
+    with pytest.raises(ValueError, match=f"{num_samples} digits: 6 to 600 can be judged"):
+        judge([torch.zeros(num_samples, 1, 28, 28, dtype=torch.uint8)])
+
+
+def test_each_draw_of_a_checkpoint_has_its_own_seed(judge, monkeypatch, capsys, tmp_path):
+    """Two draws from seed 3 on are judged as the files of --sample-only with seeds 3 and 4 are."""
+    monkeypatch.setattr(quality, "load_classifier", lambda: judge.classifier)
+    monkeypatch.setattr(quality, "roles", lambda choose: judge.images)
+    model, scheduler = program.load_model()
+    labels = quality.proportional_labels(12, judge.images.trained_on_labels)
+    files = []
+    for seed in (3, 4):
+        images = program.sample(model, scheduler, labels=labels, num_steps=2, seed=seed)
+        files.append(tmp_path / f"{seed}.npz")
+        np.savez(files[-1], images=images[:, 0].numpy(), labels=labels.numpy())
+    options = ["--num-samples", "12", "--draws", "2", "--sample-steps", "2", "--seed", "3"]
+    checkpoint = str(ROOT / "pretrained.pt")
+    monkeypatch.setattr(sys, "argv", ["quality.py", checkpoint, *map(str, files), *options])
+    quality.main()
+    both, *each = map(json.loads, capsys.readouterr().out.splitlines())
+    assert both["draws"] == 2 and both["guidance"] == program.GUIDANCE and both["seed"] == 3
+    distances = [figures["frechet"]["mean"] for figures in each]
+    assert without(both["frechet"], "real") == pytest.approx(
+        {"mean": sum(distances) / 2, "low": min(distances), "high": max(distances)}, rel=1e-3
+    )
