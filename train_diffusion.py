@@ -51,7 +51,7 @@ def to_uint8(x_0: Tensor) -> Tensor:
 # --- One step of training -------------------------------------------------------------------------
 
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
-EMA_DECAY = 0.999  # of the weights' exponential moving average: about 1 / (1 - decay) steps long
+EMA_POWER = 8  # in the average of the weights, those after n steps count as n ** 8
 
 
 def training_loss(
@@ -143,9 +143,11 @@ def training_step(
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
-    # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model. The
-    # memory is short at first, so that the random start is soon forgotten.
-    decay = min(EMA_DECAY, (1 + step) / (10 + step))
+    # Average the weights: ema = decay ema + (1 - decay) model. By a constant decay (DDPM, appendix
+    # B) the average spans as many steps in a short run as in a long one. By this one it spans the
+    # same share: its weights are always a tenth of the run old, on average (Karras et al. 2024,
+    # arXiv:2312.02696, eq. 2).
+    decay = (step / (step + 1)) ** (EMA_POWER + 1)
     get_ema_multi_avg_fn(decay)(list(learner.ema.parameters()), weights, None)
     return torch.where(grad_norm.isfinite(), loss, torch.nan)
 

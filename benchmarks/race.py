@@ -52,11 +52,16 @@ class Contender:
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
     batch_size: int
-    ema_decay: float
+    ema_decay: Callable[[int], float]  # of the average of the weights, by steps done before
     loss: Callable[[Tensor, Tensor], Tensor]  # of images [B, 1, 28, 28] in [-1, 1], labels [B]
     draw: Callable[[nn.Module, Tensor], Tensor]  # averaged network, labels -> images in [-1, 1]
     max_grad_norm: float = 1.0
     lr_falls: bool = False  # on a line, to 0 at the end; else the learning rate stays
+
+
+def forgetful(decay: float) -> Callable[[int], float]:
+    """A constant decay, but less in the first steps: the random start is soon forgotten."""
+    return lambda step: min(decay, (1 + step) / (10 + step))
 
 
 def ours(optimizer: str = "muon") -> Contender:
@@ -80,8 +85,10 @@ def ours(optimizer: str = "muon") -> Contender:
         *_, (_, x_0, _) = train_diffusion.denoise(ema, scheduler, x_T, labels)
         return x_0
 
-    decay, batch_size = train_diffusion.EMA_DECAY, default("batch_size")
-    return Contender(model, optimizers, batch_size, decay, loss, draw, lr_falls=True)
+    def ema_decay(step: int) -> float:
+        return (step / (step + 1)) ** (train_diffusion.EMA_POWER + 1)
+
+    return Contender(model, optimizers, default("batch_size"), ema_decay, loss, draw, lr_falls=True)
 
 
 def diffusers() -> Contender:
@@ -117,7 +124,7 @@ def diffusers() -> Contender:
         return x_t
 
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3)]
-    return Contender(model, optimizers, 128, 0.999, loss, draw, max_grad_norm=math.inf)
+    return Contender(model, optimizers, 128, forgetful(0.999), loss, draw, max_grad_norm=math.inf)
 
 
 def smalldiffusion() -> Contender:
@@ -141,7 +148,7 @@ def smalldiffusion() -> Contender:
         return x_0
 
     optimizers = [torch.optim.AdamW(model.parameters(), lr=7e-4)]
-    return Contender(model, optimizers, 128, 0.999, loss, draw, max_grad_norm=math.inf)
+    return Contender(model, optimizers, 128, forgetful(0.999), loss, draw, max_grad_norm=math.inf)
 
 
 def denoising_diffusion_pytorch() -> Contender:
@@ -159,7 +166,7 @@ def denoising_diffusion_pytorch() -> Contender:
         return ema.sample(labels, cond_scale=1.2) * 2 - 1  # s = 1 + w; at 1, no guidance, it fails
 
     optimizers = [torch.optim.Adam(unet.parameters(), lr=1e-4, betas=(0.9, 0.99))]
-    return Contender(model, optimizers, 16, 0.995, loss, draw)
+    return Contender(model, optimizers, 16, forgetful(0.995), loss, draw)
 
 
 CONTENDERS: dict[str, Callable[[], Contender]] = {
@@ -194,8 +201,8 @@ def training(
                 rise = min(1, (step + 1) / train_diffusion.WARMUP_STEPS)
                 optimizer.param_groups[0]["lr"] = rate * rise * max(0, 1 - seconds / length)
             optimizer.step()
-        decay = min(contender.ema_decay, (1 + step) / (10 + step))
-        get_ema_multi_avg_fn(decay)(list(ema.parameters()), list(model.parameters()), None)
+        average = get_ema_multi_avg_fn(contender.ema_decay(step))
+        average(list(ema.parameters()), list(model.parameters()), None)
         seconds += time.perf_counter() - started
         yield seconds, (step + 1) * contender.batch_size, ema
 

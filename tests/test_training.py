@@ -102,9 +102,9 @@ def learner_for(scheduler: NoiseScheduler) -> program.Learner:
     return program.Learner(model, copy.deepcopy(model).eval(), optimizers)
 
 
-@pytest.mark.parametrize("step, decay", [(0, 0.1), (90, 0.91), (8990, 0.999), (10**6, 0.999)])
-def test_the_average_remembers_longer_and_longer_up_to_a_limit(step, decay):
-    """(1 + step) / (10 + step), at most 0.999: by the step that it is told, early or late."""
+@pytest.mark.parametrize("step, decay", [(0, 0), (1, 0.5**9), (9, 0.9**9), (8999, 0.9990004)])
+def test_the_average_remembers_longer_and_longer(step, decay):
+    """(1 - 1 / n)^9 in the n-th step: by the step that it is told, early or late."""
     scheduler = NoiseScheduler(T)
     learner = learner_for(scheduler)
     before = copy.deepcopy(learner.ema.state_dict())
@@ -186,7 +186,6 @@ def spied_run(folder, *options, factor: float = 1.0) -> SimpleNamespace:
         for optimizer in (Muon, torch.optim.Adam):
             patch.setattr(optimizer, "step", spied(optimizer.step))
         patch.setattr(program, "WARMUP_STEPS", 5)
-        patch.setattr(program, "EMA_DECAY", 0.3)  # reached at the fourth step
         assert run_main(*TINY, "--timesteps", T, "--output-dir", folder, *options) == (0, "")
     seen.state = checkpoint(folder)
     return seen
@@ -233,12 +232,18 @@ def test_the_learning_rate_warms_up_and_falls_to_zero_and_huge_gradients_are_cli
     assert run.norms == pytest.approx([1.0] * total, rel=1e-3)
 
 
-def test_the_average_follows_fast_at_first_and_slowly_later(run):
-    """After the first epoch, since in the end nothing is left of the first steps."""
-    expected = run.weights[0]
-    for i, now in enumerate(run.weights[1 : STEPS_PER_EPOCH + 1]):
-        decay = min(0.3, (1 + i) / (10 + i))
-        expected = {name: decay * expected[name] + (1 - decay) * now[name] for name in now}
+def test_the_weights_after_n_steps_count_as_a_power_of_n_in_the_average(run):
+    """The share of the n-th of N is the integral of 9 x^8 from (n - 1) / N to n / N.
+
+    It is compared after the first epoch, where the average is taken. Of the start nothing is left.
+    """
+    weights = run.weights[1 : STEPS_PER_EPOCH + 1]
+    borders = torch.linspace(0, 1, len(weights) + 1, dtype=torch.float64) ** 9
+    expected = {
+        name: sum(share * now[name] for share, now in zip(borders.diff(), weights))
+        for name in weights[0]
+    }
+    now = weights[-1]
     for name, average in run.averages[0].items():
         assert_same(average, expected[name], rtol=1e-5, atol=1e-7)
     assert not same_state(run.averages[0], now)
