@@ -54,6 +54,22 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 EMA_POWER = 8  # in the average of the weights, those after n steps count as n ** 8
 
 
+def draw_timesteps(
+    num_timesteps: int,
+    count: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Timesteps for a batch, by the low-discrepancy sampler: int64 [count], in 0 ... T - 1.
+
+    They are spread evenly from a random start. Each is uniform, as in DDPM, which draws them
+    independently. Since every batch has all amounts of noise, its loss and its gradient vary less
+    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    """
+    start = torch.randint(num_timesteps, (1,), generator=generator, device=device)
+    return (start + torch.arange(count, device=device) * num_timesteps // count) % num_timesteps
+
+
 def training_loss(
     model: UNet,
     scheduler: NoiseScheduler,
@@ -70,11 +86,11 @@ def training_loss(
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
         labels: int64 [B], or None: no label for all.
-        t: int64 [B] in 0 ... T - 1; drawn if not given.
+        t: int64 [B] in 0 ... T - 1; from `draw_timesteps` if not given.
         noise: shaped like x_0; drawn if not given.
     """
     if t is None:
-        t = torch.randint(scheduler.num_timesteps, (len(x_0),), device=x_0.device)
+        t = draw_timesteps(scheduler.num_timesteps, len(x_0), device=x_0.device)
     x_t, noise = scheduler.add_noise(x_0, t, noise)
     noise_pred = model(x_t, t, labels)
     return (noise - noise_pred).square().mean(dim=(1, 2, 3))
@@ -122,7 +138,7 @@ def training_step(
     # Draw a timestep and noise for every image, and whose label to drop: guidance needs predictions
     # without one too. Several processes draw alike for the whole batch; each keeps its share.
     x_0 = processes.share(to_model(images))
-    t = torch.randint(scheduler.num_timesteps, (len(images),), generator=generator, device=device)
+    t = draw_timesteps(scheduler.num_timesteps, len(images), generator, device)
     noise = torch.randn(images.shape, generator=generator, device=device)
     t, noise = processes.share(t), processes.share(noise)
     if labels is not None:
@@ -155,7 +171,8 @@ def training_step(
 # --- Sampling -------------------------------------------------------------------------------------
 
 SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
-GUIDANCE = 0.1  # strength of classifier-free guidance
+GUIDANCE = 0.5  # strength of classifier-free guidance
+GUIDANCE_INTERVAL = (0.2, 0.8)  # and the alpha-bar_t between which it is used
 NUM_SAMPLES = 100  # images to draw if nobody says how many; a grid has full rows
 
 
@@ -177,7 +194,7 @@ def guided_noise(
     drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), see
     docs/derivations.md, and by Bayes' rule grad log q(x_t | label) - grad log q(x_t) =
     grad log q(label | x_t). So guidance goes farther to where x_t fits its label better. Images get
-    clearer, and more alike; each step costs twice as much.
+    clearer, and more alike; a guided step costs twice as much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -197,6 +214,7 @@ def denoise(
     eta: float = 1.0,
     guidance: float = GUIDANCE,
     generator: torch.Generator | None = None,
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The reverse process, from pure noise to images, a step at a time.
 
@@ -210,14 +228,19 @@ def denoise(
         eta: share of DDPM's fresh noise in each step, 0 to 1.
         guidance: w of `guided_noise`.
         generator: for the fresh noise.
+        guidance_interval: guidance is used where alpha-bar_t lies between these. At more noise it
+            costs variety, at less it changes little (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+            (0, 1) guides always.
 
     Yields:
         At each timestep (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
     """
     timesteps = sampling_timesteps(scheduler.num_timesteps, num_steps)
+    low, high = guidance_interval
     x_t = x_T
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
-        noise_pred = guided_noise(model, x_t, t, labels, guidance)
+        w = guidance if low <= scheduler.alphas_cumprod[t] <= high else 0
+        noise_pred = guided_noise(model, x_t, t, labels, w)
         yield t, x_t, scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
         noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)
         x_t = scheduler.step(x_t, t, noise_pred, t_prev, eta, noise)
@@ -233,6 +256,7 @@ def sample(
     eta: float = 1.0,
     guidance: float = GUIDANCE,
     seed: int = 0,
+    guidance_interval: tuple[float, float] = GUIDANCE_INTERVAL,
 ) -> Tensor:
     """Draw images, uint8 [N, C, H, W]: with the same seed and options, the same on every call.
 
@@ -242,18 +266,19 @@ def sample(
     Args:
         num_samples: how many; as many as labels if those are given, else 100.
         labels: what to draw, whole numbers from 0 to the model's num_classes - 1, or class names.
-        num_steps, eta, guidance: see `denoise`.
+        num_steps, eta, guidance, guidance_interval: see `denoise`.
     """
     device = scheduler.betas.device
     known = model.num_classes, model.class_names
     num_samples, y = datasets.labels_to_draw(num_samples, labels, NUM_SAMPLES, *known)
     generator = generator_for("sampling", seed, device)
+    how = num_steps, eta, guidance, generator, guidance_interval
     images = []
     for part in messages.progress_bar(pieces(num_samples, model.image_shape), "sampling"):
         size = part.stop - part.start
         x_T = torch.randn(size, *model.image_shape, generator=generator, device=device)
         some = None if y is None else y[part].to(device)
-        for _, x_t, _ in denoise(model, scheduler, x_T, some, num_steps, eta, guidance, generator):
+        for _, x_t, _ in denoise(model, scheduler, x_T, some, *how):
             pass  # to the last, which is x_0
         images.append(to_uint8(x_t))
     return torch.cat(images)

@@ -70,10 +70,20 @@ def mnist() -> list[tuple[Tensor, Tensor]]:
     return [(images, labels), (test_images, test_labels)]
 
 
+def sixths() -> Tensor:
+    """Which sixth each training image belongs to, by chance: int64 [60000], 0 to 5.
+
+    By chance, since the training set alternates between MNIST's two sources of handwriting: every
+    second image is like the first half of the test images, the others are like the second.
+    """
+    num_images = len(mnist()[0][0])
+    return torch.randperm(num_images, generator=torch.Generator().manual_seed(0)) % 6
+
+
 def classifier_half() -> tuple[Tensor, Tensor]:
-    """The images and labels that the classifier is trained on: every second of the training set."""
-    images, labels = mnist()[0]
-    return images[::2], labels[::2]
+    """The images and labels that the classifier is trained on: three sixths."""
+    (images, labels), mine = mnist()[0], sixths() < 3
+    return images[mine], labels[mine]
 
 
 @dataclass
@@ -90,12 +100,11 @@ class Roles:
 def roles(choose: bool = False) -> Roles:
     """For the tables, or to choose by: then a third of the classifier's other half is kept back."""
     (images, labels), (test_images, _) = mnist()
-    sixth = torch.arange(len(images)) % 6  # 0, 2 and 4 are the classifier's
+    sixth = sixths()
     if not choose:
-        other = sixth % 2 == 1
+        other = sixth >= 3
         return Roles(test_images, images[other], labels[other], images, labels)
-    kept_back, other = sixth == 1, (sixth == 3) | (sixth == 5)
-    seen = ~kept_back
+    kept_back, other, seen = sixth == 3, sixth > 3, sixth != 3
     return Roles(images[kept_back], images[other], labels[other], images[seen], labels[seen])
 
 
@@ -336,10 +345,11 @@ def read_samples(path: Path) -> Split:
 
 def draw_samples(
     path: Path, args: argparse.Namespace
-) -> tuple[list[Tensor], Tensor | None, dict[str, float]]:
+) -> tuple[list[Tensor], Tensor | None, dict[str, Any]]:
     """What a checkpoint draws, with which labels (None if it has none), and how it was drawn."""
     model, scheduler = train_diffusion.load_model(path)
     num_steps, eta, guidance = args.sample_steps, args.eta, args.guidance
+    interval = tuple(args.guidance_interval)
     num_samples, labels = args.num_samples, None
     if model.num_classes is None:
         guidance = 0  # there is nothing to guide by
@@ -347,12 +357,12 @@ def draw_samples(
         raise ValueError(f"{path} has {model.num_classes} classes, not MNIST's {NUM_CLASSES}")
     else:
         labels = proportional_labels(num_samples, mnist()[0][1])
-    how = {"sample_steps": num_steps, "eta": eta, "guidance": guidance, "seed": args.seed}
+    how = {"sample_steps": num_steps, "eta": eta, "guidance": guidance}
+    how |= {"guidance_interval": interval, "seed": args.seed}
     seeds = range(args.seed, args.seed + args.draws)
+    sampler = num_steps, eta, guidance
     draws = [
-        train_diffusion.sample(
-            model, scheduler, num_samples, labels, num_steps, eta, guidance, seed
-        )
+        train_diffusion.sample(model, scheduler, num_samples, labels, *sampler, seed, interval)
         for seed in seeds
     ]
     return draws, labels, how
@@ -374,6 +384,9 @@ def main() -> None:
     add("--sample-steps", type=count, default=default["num_steps"], help="(%(default)s)")
     add("--eta", type=float, default=default["eta"], help="0: DDIM, 1: DDPM (%(default)s)")
     add("--guidance", type=float, default=default["guidance"], help="0: none (%(default)s)")
+    interval = "alpha-bar_t between which guidance is used (%(default)s)"
+    between = {"type": float, "nargs": 2, "default": default["guidance_interval"]}
+    add("--guidance-interval", metavar=("LOW", "HIGH"), help=interval, **between)
     add("--seed", type=int, default=default["seed"], help="of the first draw (%(default)s)")
     args = parser.parse_args()
 
@@ -383,7 +396,7 @@ def main() -> None:
 
     for path in args.files:
         try:
-            how: dict[str, float] = {}
+            how: dict[str, Any] = {}
             if path.suffix in (".npz", ".npy"):
                 images, labels = read_samples(path)
                 draws = [images]

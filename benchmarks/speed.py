@@ -5,7 +5,10 @@
 
 The contenders of race.py, each trained by its own recipe, in turn, round after round, so that
 whatever else the machine does falls on all of them; medians with the lowest and the highest round.
-Peak memory is that of a process of its own for each. Prints one line of JSON per figure.
+Peak memory is that of a process of its own for each. Then how near this program comes to what the
+machine can do: how many floating-point operations an image takes, how many a second the machine
+does in a product of two large matrices, and where a training step's time goes. Prints one line of
+JSON per figure.
 """
 
 import argparse
@@ -14,10 +17,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import torch
 from quality import NUM_CLASSES, mnist
-from race import CONTENDERS, training
+from race import CONTENDERS, Contender, training
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
@@ -49,6 +55,47 @@ def summary(values: list[float]) -> dict[str, float]:
     """The median of all rounds, the lowest and the highest."""
     figures = {"median": statistics.median(values), "low": min(values), "high": max(values)}
     return {name: round(value, 2) for name, value in figures.items()}
+
+
+def matrix_rate(size: int = 2048) -> float:
+    """Floating-point operations a second in a product of two square matrices: the best of ten."""
+    a, b = torch.randn(2, size, size)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        torch.mm(a, b)
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / min(seconds)
+
+
+def operations_of_an_image(contender: Contender, images: Tensor, labels: Tensor) -> float:
+    """Floating-point operations, there and back, in products and convolutions, of one image."""
+    with FlopCounterMode(display=False) as counter:
+        contender.loss(images, labels).backward()
+    return counter.get_total_flops() / len(images)
+
+
+# What the profiler calls the parts of a step, by the beginnings of names of PyTorch's operations.
+PARTS = {
+    "convolutions": ("aten::mkldnn_convolution", "aten::convolution_backward"),
+    "normalization": ("aten::native_group_norm",),
+    "Muon's and other products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear"),
+}
+
+
+def shares_of_a_step(steps: Iterator[object], num_steps: int = 20) -> dict[str, float]:
+    """The share of each part in the time of a training step, by PyTorch's profiler."""
+    with torch.profiler.profile() as profiler:
+        for _ in range(num_steps):
+            next(steps)
+    events = profiler.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    shares = {
+        part: sum(event.self_cpu_time_total for event in events if event.key.startswith(names))
+        for part, names in PARTS.items()
+    }
+    shares["the rest"] = total - sum(shares.values())
+    return {part: round(share / total, 3) for part, share in shares.items()}
 
 
 def main() -> None:
@@ -90,7 +137,22 @@ def main() -> None:
         }
         print(json.dumps(figures), flush=True)
 
-    # With guidance every step of sampling looks at each image twice, with its label and without.
+    # How near to the limit.
+    images, labels = (part[: contenders[ours].batch_size] for part in mnist()[0])
+    x_0 = train_diffusion.to_model(images)
+    operations = operations_of_an_image(CONTENDERS[ours](), x_0, labels)
+    limit = matrix_rate()
+    figures = {
+        "operations_per_image": operations,
+        "matrix_operations_per_second": limit,
+        "share_of_it_in_training": round(
+            operations * statistics.median(rates[ours][1:]) / limit, 3
+        ),
+        "shares_of_a_step": shares_of_a_step(steps[ours]),
+    }
+    print(json.dumps(figures), flush=True)
+
+    # A guided step of sampling looks at each image twice, with its label and without.
     scheduler = NoiseScheduler()
     model = UNet(scheduler, num_classes=NUM_CLASSES).eval().to(memory_format=torch.channels_last)
     times: dict[float, list[float]] = {train_diffusion.GUIDANCE: [], 0: []}

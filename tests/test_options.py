@@ -132,7 +132,7 @@ def test_what_may_change_on_resume_is_said(resume_finished, tmp_path, capfd, mon
     changes = ["--epochs", 4, "--lr", 0.01, "--guidance", 1, "--num-samples", 9]
     assert run_main(*resume_finished, *changes) == (0, "")
     output, error = capfd.readouterr()
-    assert "--epochs 4 (was 3)" in output and "--guidance 1.0 (was 0.1)" in output and error == ""
+    assert "--epochs 4 (was 3)" in output and "--guidance 1.0 (was 0.5)" in output and error == ""
     assert rates == pytest.approx([0.01 * (i + 1) / 200 * (1 - i / 32) for i in range(24, 32)])
     with Image.open(tmp_path / "samples_epoch_4.png") as grid:
         assert grid.size == (2 + 9 * 30, 2 + 30)

@@ -78,7 +78,17 @@ def test_no_image_has_two_roles(choose, monkeypatch):
     assert len(seen) == 30 and not seen & others and not (seen | others) & reference
     assert len(seen | others) == (50 if choose else 60)
     assert not reference & trained_on and trained_on == set(train) - reference
-    assert reference == (set(train[1::6]) if choose else set(test))
+    assert len(reference) == (10 if choose else 20) and reference <= set(train if choose else test)
+
+
+def test_roles_are_given_by_chance(mnist):
+    """Every second training image is of the same source: each role has as many of either."""
+    sixths = quality.sixths()
+    assert sixths.bincount().tolist() == [10_000] * 6
+    for sixth in range(6):
+        assert abs((sixths[::2] == sixth).sum() - 5000) < 4 * (60_000 * 5 / 144) ** 0.5
+    odd, even = (mnist[0][0][i::2].float().mean() for i in (1, 0))
+    assert odd - even > 3  # gray levels: they do differ
 
 
 def test_real_images_for_the_floor_have_the_labels_shares(mnist):

@@ -62,7 +62,9 @@ def test_readme_and_help_name_the_same_options():
     )
     assert all(action.help for action in parser._actions)
     default, text = parser.get_default, " ".join(README.split())
-    assert f"the default is {default('guidance')}." in text
+    low, high = program.GUIDANCE_INTERVAL
+    assert f"Without an option the strength is {default('guidance')}, and only in" in text
+    assert f"lies between {low} and {high}:" in text
     assert f"{default('sample_steps')} do, as" in text and f"$T = {default('timesteps')}$" in text
 
 

@@ -73,15 +73,31 @@ def test_every_step_of_denoise_is_ddims_and_it_ends_on_the_predicted_x_0(num_ste
     network, generator, expected_x_t = Waves(), seeded(), X_T
     path = denoise(network, float64_scheduler(T), X_T, LABELS, num_steps, eta, w, seeded())
     path = list(path)
+    guided = 0
     for (t, x_t, x_0), (t_prev, *_) in pairwise(path):
         assert_same(x_t, expected_x_t)
-        now, noise = ALPHA_BAR[t], reference_guided_noise(x_t, t, w)
+        now = ALPHA_BAR[t]
+        in_the_middle = 0.2 <= now <= 0.8
+        noise = reference_guided_noise(x_t, t, w if in_the_middle else 0)
+        guided += in_the_middle
         assert_same(x_0, ((x_t - (1 - now).sqrt() * noise) / now.sqrt()).clamp(-1, 1))
         z = torch.randn(X_T.shape, generator=generator).double()
         expected_x_t = ddim_step(now, ALPHA_BAR[t_prev], x_t, x_0, eta, z)
     assert torch.equal(path[-1][1], path[-2][2]) and torch.equal(path[-1][2], path[-2][2])
     assert network.visited == sampling_timesteps(T, num_steps)
     assert [t for t, _, _ in path] == [*network.visited, -1]
+    assert network.batch_sizes.count(6) == (guided if w else 0)
+
+
+@pytest.mark.parametrize("interval, guided", [((0, 1), T), ((0.5, 0.5), 0), ((0.99, 1), None)])
+def test_where_guidance_is_used_can_be_chosen(interval, guided):
+    """Everywhere, nowhere, or with hardly any noise: by alpha-bar, at its lowest timesteps."""
+    network = Waves()
+    list(denoise(network, NoiseScheduler(T), X_T, LABELS, T, 1, 0.5, None, interval))
+    if guided is None:
+        guided = int((ALPHA_BAR[:-1] >= 0.99).sum())
+        assert 0 < guided < T / 4
+    assert network.batch_sizes == [3] * (T - guided) + [6] * guided
 
 
 def test_denoise_records_no_gradients_and_leaves_them_on_for_its_consumer():
@@ -143,7 +159,8 @@ class Grays:
 
     def draw(self, *arguments, guidance: float = 0.0) -> list[int]:
         """The gray levels of the images that `sample` draws in 3 steps."""
-        images = sample(self, self.scheduler, *arguments, num_steps=3, guidance=guidance)
+        how = {"num_steps": 3, "guidance": guidance, "guidance_interval": (0, 1)}
+        images = sample(self, self.scheduler, *arguments, **how)
         assert images.dtype == torch.uint8 and images.shape[1:] == (1, 4, 4)
         assert (images == images[:, :1, :1, :1]).all()
         return images[:, 0, 0, 0].tolist()

@@ -214,15 +214,38 @@ def test_each_epoch_shows_every_image_once_with_its_label_unless_dropped(run, sm
     assert kept.float().mean().item() == pytest.approx(0.7, abs=4 * sigma)
 
 
-def test_timesteps_are_uniform_and_noise_is_always_new(run):
-    """Every t in 0 ... T - 1 is as frequent as any other, within four standard deviations."""
+def test_timesteps_are_spread_evenly_from_a_random_start_and_noise_is_always_new(run):
+    """In every step; over all, every t in 0 ... T - 1 is as frequent as any other."""
     steps, batch_size = run.t.shape
+    assert run.t.dtype == torch.int64 and run.t.min() == 0 and run.t.max() == T - 1
+    assert batch_size == 8 and T == 20
+    spread = torch.tensor([0, 2, 5, 7, 10, 12, 15, 17])
+    assert torch.equal((run.t - run.t[:, :1]) % T, spread.expand_as(run.t))
+    assert len(run.t[:, 0].unique()) > steps / 2  # of 20: drawn anew in every step
     counts, expected = run.t.flatten().bincount(minlength=T), steps * batch_size / T
-    assert len(counts) == T and run.t.dtype == torch.int64
     assert counts.min() > 0 and (counts - expected).abs().max() < 4 * math.sqrt(expected)
-    assert len(run.t.unique(dim=0)) == steps  # drawn anew in every step, not by a fixed pattern
     assert len(run.noise.flatten(0, 1).unique(dim=0)) == steps * batch_size == 2 * NUM_TRAIN
     assert abs(run.noise.mean().item()) < 0.02 and abs(run.noise.var().item() - 1) < 0.03
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_each_timestep_of_a_batch_is_uniform(batch_size, monkeypatch):
+    """By chi-squared, with 99.99 % of its distribution below the bound: of 10 values, 600 steps."""
+    drawn, learner = [], learner_for(NoiseScheduler(10))
+    images = torch.zeros(batch_size, 1, 8, 8, dtype=torch.uint8)
+
+    def spied_loss(model, scheduler, x_0, labels, t, noise):
+        drawn.append(t)
+        raise InterruptedError
+
+    monkeypatch.setattr(program, "training_loss", spied_loss)
+    for step in range(600):
+        with pytest.raises(InterruptedError):
+            draws = torch.Generator().manual_seed(step)
+            program.training_step(learner, NoiseScheduler(10), images, None, 0, 0, 0, draws)
+    for at_this_place in torch.stack(drawn).T:
+        counts = at_this_place.bincount(minlength=10)
+        assert len(counts) == 10 and ((counts - 60) ** 2 / 60).sum() < 33.7
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero_and_huge_gradients_are_clipped(run):
@@ -284,7 +307,7 @@ def test_the_default_recipe_learns_as_fast_as_it_did_when_it_was_measured(tmp_pa
     assert float(row.split(",")[3]) == pytest.approx(0.41, abs=0.04)
     settings = checkpoint(tmp_path)["settings"]
     recipe = {"batch_size": 64, "optimizer": "muon", "lr": 0.005, "epochs": 10, "timesteps": 1000}
-    recipe |= {"schedule": "cosine", "label_dropout": 0.1, "guidance": 0.1}
+    recipe |= {"schedule": "cosine", "label_dropout": 0.1, "guidance": 0.5}
     assert recipe.items() <= settings.items() and parsed("--optimizer", "adam").lr == 0.002
 
 
