@@ -11,9 +11,9 @@ judges --draws of them for each.
 
 In favor of the others: each gets an average of its weights that forgets its random start, the label
 to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024). In
-our favor: guidance of 0.1, which the first two others' own scripts do not have, and a learning rate
-that ends with the race, as our program's ends with its run. denoising-diffusion-pytorch is guided
-by 0.2.
+our favor: guidance, which the first two others' own scripts do not have, and a learning rate that
+ends with the race, as our program's ends with its run. denoising-diffusion-pytorch is guided by
+0.2.
 Prints one line of JSON for each contender and time.
 """
 
@@ -64,8 +64,16 @@ def forgetful(decay: float) -> Callable[[int], float]:
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
-def ours(optimizer: str = "muon") -> Contender:
-    """This program by its defaults. Its learning rate ends with the run, as it does there."""
+def ours(
+    optimizer: str = "muon",
+    spread: bool = True,
+    guidance: float = train_diffusion.GUIDANCE,
+    interval: tuple[float, float] = train_diffusion.GUIDANCE_INTERVAL,
+) -> Contender:
+    """This program by its defaults. Its learning rate ends with the run, as it does there.
+
+    spread: the timesteps of a batch are spread evenly; else each is drawn on its own.
+    """
     default = train_diffusion.make_parser().get_default
     scheduler = NoiseScheduler()
     model = UNet(scheduler, base_channels=default("base_channels"), num_classes=NUM_CLASSES)
@@ -77,12 +85,16 @@ def ours(optimizer: str = "muon") -> Contender:
     def loss(x_0: Tensor, labels: Tensor) -> Tensor:
         dropped = torch.rand(len(labels)) < default("label_dropout")
         labels = labels.masked_fill(dropped, model.no_label)
-        return train_diffusion.training_loss(model, scheduler, x_0, labels).mean()
+        t = None if spread else torch.randint(scheduler.num_timesteps, (len(x_0),))
+        return train_diffusion.training_loss(model, scheduler, x_0, labels, t).mean()
 
     def draw(ema: nn.Module, labels: Tensor) -> Tensor:
         assert isinstance(ema, UNet)
         x_T = torch.randn(len(labels), 1, 28, 28)
-        *_, (_, x_0, _) = train_diffusion.denoise(ema, scheduler, x_T, labels)
+        path = train_diffusion.denoise(
+            ema, scheduler, x_T, labels, guidance=guidance, guidance_interval=interval
+        )
+        *_, (_, x_0, _) = path
         return x_0
 
     def ema_decay(step: int) -> float:
@@ -174,7 +186,10 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "diffusers, course network": diffusers,
     "smalldiffusion": smalldiffusion,
     "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
+    # To compare choices by.
     "this repository, Adam alone": functools.partial(ours, "adam"),
+    "this repository, independent timesteps": functools.partial(ours, spread=False),
+    "this repository, guided everywhere": functools.partial(ours, guidance=0.1, interval=(0, 1)),
 }
 
 
