@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT
 
 import train_diffusion as program
@@ -141,6 +142,39 @@ def test_real_images_against_themselves_are_perfect(judge):
     assert figures["near_training_images"]["mean"] == pytest.approx(0.01, abs=0.005)
 
 
+def test_the_distance_is_to_all_real_images_and_coverage_is_among_as_many(judge):
+    samples = judge.images.others[:150]
+    features, _ = quality.look(judge.classifier, samples)
+    reference, _ = quality.look(judge.classifier, judge.images.reference)
+    figures = judge.of_one_draw(samples, None)
+    assert figures["frechet"] == pytest.approx(quality.frechet_distance(features, reference))
+    density, coverage = quality.density_and_coverage(reference[::4], features)  # 150 of 600
+    assert (figures["density"], figures["coverage"]) == pytest.approx((density, coverage))
+
+
+def test_the_classifier_is_trained_on_its_half_alone_and_refused_if_weak(
+    judge, monkeypatch, tmp_path
+):
+    seen = []
+    half = torch.zeros(3, 1, 28, 28), torch.arange(3)
+    monkeypatch.setattr(quality, "CACHE", tmp_path / "cache" / "classifier.pt")
+    monkeypatch.setattr(quality, "classifier_half", lambda: half)
+    monkeypatch.setattr(
+        quality, "train_classifier", lambda *data: seen.append(data) or judge.classifier
+    )
+    with pytest.raises(SystemExit, match="too weak"):
+        quality.load_classifier()  # it was trained for seconds
+    assert not quality.CACHE.exists() and seen == [half]
+    right = F.one_hot(quality.mnist()[1][1], 10).float()
+    monkeypatch.setattr(quality, "look", lambda model, images: (None, right))
+    quality.load_classifier()
+    again = quality.load_classifier()  # from the file
+    assert len(seen) == 2 and not again.training
+    assert all(
+        map(torch.equal, again.state_dict().values(), judge.classifier.state_dict().values())
+    )
+
+
 def test_training_images_are_found_to_be_copies(judge):
     assert judge([judge.images.trained_on[:50]])["near_training_images"]["mean"] == 1
 
@@ -183,10 +217,12 @@ def test_too_few_or_too_many_digits_are_refused(judge, num_samples):
         judge([torch.zeros(num_samples, 1, 28, 28, dtype=torch.uint8)])
 
 
-def test_each_draw_of_a_checkpoint_has_its_own_seed(judge, monkeypatch, capsys, tmp_path):
+@pytest.mark.parametrize("choose", [[], ["--choose"]])
+def test_each_draw_of_a_checkpoint_has_its_own_seed(judge, monkeypatch, capsys, tmp_path, choose):
     """Two draws from seed 3 on are judged as the files of --sample-only with seeds 3 and 4 are."""
     monkeypatch.setattr(quality, "load_classifier", lambda: judge.classifier)
-    monkeypatch.setattr(quality, "roles", lambda choose: judge.images)
+    asked = []
+    monkeypatch.setattr(quality, "roles", lambda choose: asked.append(choose) or judge.images)
     model, scheduler = program.load_model()
     labels = quality.proportional_labels(12, judge.images.trained_on_labels)
     files = []
@@ -196,8 +232,11 @@ def test_each_draw_of_a_checkpoint_has_its_own_seed(judge, monkeypatch, capsys, 
         np.savez(files[-1], images=images[:, 0].numpy(), labels=labels.numpy())
     options = ["--num-samples", "12", "--draws", "2", "--sample-steps", "2", "--seed", "3"]
     checkpoint = str(ROOT / "pretrained.pt")
-    monkeypatch.setattr(sys, "argv", ["quality.py", checkpoint, *map(str, files), *options])
+    monkeypatch.setattr(
+        sys, "argv", ["quality.py", checkpoint, *map(str, files), *options, *choose]
+    )
     quality.main()
+    assert asked == [bool(choose)]
     both, *each = map(json.loads, capsys.readouterr().out.splitlines())
     assert both["draws"] == 2 and both["guidance"] == program.GUIDANCE and both["seed"] == 3
     distances = [figures["frechet"]["mean"] for figures in each]
