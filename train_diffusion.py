@@ -32,7 +32,7 @@ from support.datasets import load_images as load_images  # for whoever imports i
 from support.devices import autocast, choose_device, images_together, memory_format, pieces
 from support.interruption import Interruption, heard_interruptions
 from support.messages import InputError, say
-from support.optimizers import LEARNING_RATES, make_optimizers
+from support.optimizers import LEARNING_RATES, ema_decay, make_optimizers
 from support.run import Run
 
 # --- Images: uint8 [N, C, H, W] outside the model, float32 in [-1, 1] inside ----------------------
@@ -51,23 +51,20 @@ def to_uint8(x_0: Tensor) -> Tensor:
 # --- One step of training -------------------------------------------------------------------------
 
 MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
-EMA_POWER = 8  # in the average of the weights, those after n steps count as n ** 8
 
 
 def draw_timesteps(
-    num_timesteps: int,
-    count: int,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
+    scheduler: NoiseScheduler, images: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Timesteps for a batch, by the low-discrepancy sampler: int64 [count], in 0 ... T - 1.
+    """Timesteps for a batch, by the low-discrepancy sampler: int64 [B], in 0 ... T - 1.
 
     They are spread evenly from a random start. Each is uniform, as in DDPM, which draws them
     independently. Since every batch has all amounts of noise, its loss and its gradient vary less
     (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
-    start = torch.randint(num_timesteps, (1,), generator=generator, device=device)
-    return (start + torch.arange(count, device=device) * num_timesteps // count) % num_timesteps
+    T, B, device = scheduler.num_timesteps, len(images), images.device
+    start = torch.randint(T, (1,), generator=generator, device=device)
+    return (start + torch.arange(B, device=device) * T // B) % T
 
 
 def training_loss(
@@ -90,7 +87,7 @@ def training_loss(
         noise: shaped like x_0; drawn if not given.
     """
     if t is None:
-        t = draw_timesteps(scheduler.num_timesteps, len(x_0), device=x_0.device)
+        t = draw_timesteps(scheduler, x_0)
     x_t, noise = scheduler.add_noise(x_0, t, noise)
     noise_pred = model(x_t, t, labels)
     return (noise - noise_pred).square().mean(dim=(1, 2, 3))
@@ -138,7 +135,7 @@ def training_step(
     # Draw a timestep and noise for every image, and whose label to drop: guidance needs predictions
     # without one too. Several processes draw alike for the whole batch; each keeps its share.
     x_0 = processes.share(to_model(images))
-    t = draw_timesteps(scheduler.num_timesteps, len(images), generator, device)
+    t = draw_timesteps(scheduler, images, generator)
     noise = torch.randn(images.shape, generator=generator, device=device)
     t, noise = processes.share(t), processes.share(noise)
     if labels is not None:
@@ -159,12 +156,8 @@ def training_step(
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
-    # Average the weights: ema = decay ema + (1 - decay) model. By a constant decay (DDPM, appendix
-    # B) the average spans as many steps in a short run as in a long one. By this one it spans the
-    # same share: its weights are always a tenth of the run old, on average (Karras et al. 2024,
-    # arXiv:2312.02696, eq. 2).
-    decay = (step / (step + 1)) ** (EMA_POWER + 1)
-    get_ema_multi_avg_fn(decay)(list(learner.ema.parameters()), weights, None)
+    # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model.
+    get_ema_multi_avg_fn(ema_decay(step))(list(learner.ema.parameters()), weights, None)
     return torch.where(grad_norm.isfinite(), loss, torch.nan)
 
 
@@ -237,9 +230,10 @@ def denoise(
     """
     timesteps = sampling_timesteps(scheduler.num_timesteps, num_steps)
     low, high = guidance_interval
+    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # at once: every look waits for a GPU
     x_t = x_T
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
-        w = guidance if low <= scheduler.alphas_cumprod[t] <= high else 0
+        w = guidance if low <= alphas_cumprod[t] <= high else 0
         noise_pred = guided_noise(model, x_t, t, labels, w)
         yield t, x_t, scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
         noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)

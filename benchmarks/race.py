@@ -40,7 +40,7 @@ from torchvision.utils import make_grid
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
 from support.devices import images_together
-from support.optimizers import LEARNING_RATES, make_optimizers
+from support.optimizers import LEARNING_RATES, ema_decay, make_optimizers
 
 NUM_STEPS = train_diffusion.SAMPLE_STEPS  # of every sampler
 
@@ -96,9 +96,6 @@ def ours(
         )
         *_, (_, x_0, _) = path
         return x_0
-
-    def ema_decay(step: int) -> float:
-        return (step / (step + 1)) ** (train_diffusion.EMA_POWER + 1)
 
     return Contender(model, optimizers, default("batch_size"), ema_decay, loss, draw, lr_falls=True)
 

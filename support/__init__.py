@@ -4,7 +4,7 @@ The lesson is in forward_reverse_process.py and train_diffusion.py, one folder u
 answers one question about the program around it, and none imports the lesson:
 
     messages        What is said, and how does an error end the program?
-    optimizers      Muon and Adam: how do gradients become steps?
+    optimizers      Muon, Adam, averaged weights: how do gradients become steps?
     processes       Several processes: who am I, and what do the others have?
     interruption    What do Ctrl-C, SIGTERM and a closed terminal do?
     files           How is a file written whole or not at all?

@@ -1,6 +1,6 @@
-"""Muon and Adam: how gradients become steps. Algorithm 1 only says "take gradient descent step".
+"""Muon, Adam and the average of the weights: how gradients become steps.
 
-It imports no other module of this repository.
+Algorithm 1 only says "take gradient descent step". This module imports no other of the repository.
 """
 
 import math
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 LEARNING_RATES = {"muon": 0.005, "adam": 0.002}  # highest of a run, found by trial
+EMA_POWER = 8  # in the average of the weights, those after n steps count as n ** 8
 
 
 def make_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
@@ -17,6 +18,16 @@ def make_optimizers(model: nn.Module, name: str) -> list[torch.optim.Optimizer]:
     kernels = [weight for weight in model.parameters() if weight.ndim == 4 and name == "muon"]
     others = [weight for weight in model.parameters() if weight.ndim < 4 or name == "adam"]
     return [torch.optim.Adam(others), *([Muon(kernels)] if kernels else [])]
+
+
+def ema_decay(step: int) -> float:
+    """How much of the average of the weights stays when the next are averaged in, after `step`.
+
+    By a constant decay the average spans as many steps in a short run as in a long one. By this one
+    it spans the same share: its weights are always a tenth of the run old, on average (Karras et
+    al. 2024, arXiv:2312.02696, eq. 2).
+    """
+    return (step / (step + 1)) ** (EMA_POWER + 1)
 
 
 def orthogonalize(matrix: Tensor) -> Tensor:
