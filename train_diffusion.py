@@ -488,7 +488,7 @@ def draw_denoising(
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     device, classes = scheduler.betas.device, model.num_classes
     generator = generator_for("denoising pictures", args.seed, device)
-    num_images = min(pictures.full_rows(40, classes), images_together(model.image_shape))
+    num_images = min(pictures.full_rows(20, classes), images_together(model.image_shape))
     x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
     _, labels = datasets.labels_to_draw(None, None, num_images, classes)
     labels = labels if labels is None else labels.to(device)
@@ -502,7 +502,7 @@ def draw_denoising(
             pair = torch.stack([to_uint8(x_t[:4]), to_uint8(x_0_pred[:4])], dim=1)
             columns[i] = (f"t = {t}" if t >= 0 else "result", pair.flatten(0, 1).cpu())
         if i in framed:
-            frames.append(to_uint8(x_t).cpu())
+            frames.append(to_uint8(torch.cat([x_t, x_0_pred])).cpu())  # above, below
     labels_shown, images = zip(*(columns[i] for i in shown))
     rows, title = ["x_t", "predicted x_0"] * 4, f"Reverse process, in {num_steps} steps"
     path = folder / "denoising.png"

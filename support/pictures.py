@@ -80,7 +80,7 @@ def draw_gif(path: Path, grids: Sequence[Tensor], num_classes: int | None) -> No
         for images in grids:
             frame = grid_image(images // 16 * 17, num_classes)  # 16 grays, for a smaller file
             frames.append(ImageOps.scale(frame, 2, Image.Resampling.NEAREST))
-        times = [80] * (len(frames) - 1) + [2500]  # milliseconds
+        times = [160] * (len(frames) - 1) + [2500]  # milliseconds
         gif = {"save_all": True, "append_images": frames[1:], "duration": times, "loop": 0}
         write_file(path, lambda file: frames[0].save(file, "GIF", **gif))
 
@@ -94,7 +94,10 @@ def figure_at(path: Path, width: float, height: float) -> Iterator[Figure]:
     with not_vital(path.name), matplotlib.style.context("default"):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        # "tight": without empty margins.
+        write_file(
+            path, lambda file: figure.savefig(file, format="png", dpi=120, bbox_inches="tight")
+        )
 
 
 def draw_images(
