@@ -66,10 +66,10 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  s = 0.008
         alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
-    The linear schedule destroys an image long before the last step and wastes the steps after that;
-    the cosine loses the signal slowly at both ends and steadily in between. s keeps the first betas
-    from vanishing: such tiny noise is hard to predict. T betas need the curve at T + 1 points, from
-    u = 0 to 1. At u = 1 f is 0, so the last beta is the one that MAX_BETA caps.
+    The cosine destroys an image slowly at both ends and steadily in between. (By the linear
+    schedule an image is gone long before the last step.) s keeps the first betas from vanishing,
+    since so little noise is hard to predict. T betas need the curve at T + 1 points, from u = 0 to
+    1. There f is 0, so MAX_BETA caps the last beta.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -92,9 +92,8 @@ def linear_betas(num_timesteps: int) -> Tensor:
 class NoiseScheduler(nn.Module):
     """How much noise an image holds at every timestep, how to add it, how to take one step back.
 
-    It has nothing to learn. It is an `nn.Module` so that `.to(device)` moves its tables, which are
-    buffers [T] in PyTorch's default dtype, float32. They are computed in float64: near t = 0,
-    1 - alpha-bar is so small that float32 would round a thousandth of it away.
+    It has nothing to learn. It is an `nn.Module` so that `.to(device)` moves its tables, float32
+    [T]. They are computed in float64: near t = 0 float32 would lose a thousandth of 1 - alpha-bar.
 
     Args:
         num_timesteps: T, at least 2.
@@ -161,7 +160,8 @@ class NoiseScheduler(nn.Module):
 
         All the small steps up to t make one large one, so training may visit any t directly. For
         two steps: the second scales the first one's variance, 1 - alpha_{t-1}, by alpha_t and adds
-        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step is one more factor.
+        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step is one more factor
+        (docs/derivations.md, section 1).
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -181,9 +181,10 @@ class NoiseScheduler(nn.Module):
 
             x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
 
-        Many images fit a noisy x_t. The network, trained on the squared error, answers with the
-        mean of all noises that fit, since the mean has the least squared error. So this x_0 is the
-        mean of all images that fit: blurred, and near t = T - 1 simply the average image.
+        With the network's noise this is a blurred image. Many images fit a noisy x_t. The squared
+        error has taught the network the mean of all noises that fit, since the mean has the least
+        squared error. That leaves the mean of all images that fit. Near t = T - 1 it is the average
+        image.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -199,33 +200,18 @@ class NoiseScheduler(nn.Module):
     def posterior(self, x_t: Tensor, t: Tensor | int, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, C, H, W] and variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7).
 
-        Nothing calls it but the tests: it is here to explain `step`.
-
             mean     = sqrt(alpha-bar_{t-1}) beta_t / (1 - alpha-bar_t) x_0
                      + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
             variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
 
-        Where x_t came from, given x_0 too. At t = 0 that is x_0 itself, with variance 0.
+        This says where x_t came from, if x_0 is known too. At t = 0 it came from x_0 itself, so the
+        variance is 0. Nothing calls this but the tests: it is here to explain `step`, which is the
+        same Gaussian in another form and jumps over timesteps too.
 
-        Sampling does not know x_0 and puts the predicted one in its place: the mean of all images
-        that fit x_t. The mean above stays exact, being linear in x_0 (if the network is perfect and
-        not guided). The variance comes out too small, by c^2 Var(x_0 | x_t), where c is the factor
-        of x_0 in the mean (the law of total variance). So a large step ends too near the mean,
-        which is blurred: the largest, from T - 1 to the clean image (`step` may jump so far), has
-        c = 1 and gives the mean of all images. A larger variance would not mend that: where several
-        images fit, q(x_{t-1} | x_t) is about a Gaussian only in a small step (DDPM, section 2).
-
-        How much is missing in a small step? No guess at x_0 has a smaller squared error than the
-        mean. So Var(x_0 | x_t), which is the mean's squared error, is on average at most that of
-        the guess x_t / sqrt(alpha-bar_t): (1 - alpha-bar_t) / alpha-bar_t. Times c^2, this is
-        beta_t^2 / (alpha_t (1 - alpha-bar_t)). If step t added a small share of the noise,
-        beta_t << 1 - alpha-bar_t, then the variance above is about beta_t, and what is missing is
-        little beside it: hence many small steps. After each of them fewer images fit, and their
-        mean is sharper. (The share is large in the very first steps from T - 1 and in the last ones
-        to t = 0. But at first c, which has the factor sqrt(alpha-bar_{t-1}), is near 0, and at last
-        the images that fit differ by less than one sees.)
-
-        `step` is this Gaussian in another form, which jumps over timesteps too.
+        Sampling does not know x_0 and puts the predicted one in its place, the mean of all images
+        that fit x_t. Then the mean above is still exact, since it is linear in x_0. The variance
+        is too small: it lacks what the images that fit differ by. In a small step that is little,
+        hence many small steps (docs/derivations.md, section 3, has how little).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -243,24 +229,24 @@ class NoiseScheduler(nn.Module):
     ) -> Tensor:
         """The reverse process: from x_t to x_{t_prev}, less noisy (DDIM, eq. 12 and 16).
 
-            x_{t_prev} = sqrt(alpha-bar_prev) x_0_pred                   the predicted image
-                       + sqrt(1 - alpha-bar_prev - sigma^2) eps_theta    its noise, less of it
-                       + sigma z,  z ~ N(0, I)                           fresh noise
+            x_{t_prev} = sqrt(alpha-bar_prev) x_0_pred                      the predicted image
+                       + sqrt(1 - alpha-bar_prev - sigma^2) noise_pred      some of its noise
+                       + sigma z,  z ~ N(0, I)                              fresh noise
             sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t))
                              sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
-        alpha-bar_prev is alpha-bar at t_prev. With eta = 1 and t_prev = t - 1 this is DDPM's
-        Algorithm 2, ancestral sampling: a draw from `posterior` with x_0_pred in it, sigma^2 being
-        beta-tilde_t. (To see it, put sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps for x_t into
-        its mean.) beta-tilde_t is the variance of q(x_{t-1} | x_t) if only one image fits. The
-        other extreme is beta_t, which is larger: the variance if x_0 ~ N(0, I). DDPM tries both,
-        with similar results (section 3.2). With eta = 0 there is no fresh noise, so the starting
-        noise alone decides the image: what most people mean by DDIM.
+        alpha-bar_prev is alpha-bar at t_prev.
 
-        Were eps_theta the true noise, then for any eta the noise in x_{t_prev} would have the
-        variance (1 - alpha-bar_prev - sigma^2) + sigma^2 = 1 - alpha-bar_prev, as in training:
-        sigma only trades old noise for fresh. So t_prev may lie many timesteps back. At t_prev = -1
-        alpha-bar_prev is 1, sigma is 0, and x_0_pred is the result.
+        eta = 1 is DDPM's Algorithm 2, ancestral sampling: a draw from `posterior`, with x_0_pred in
+        place of x_0. At t_prev = t - 1 its sigma^2 is beta-tilde_t. (DDPM also tries beta_t, with
+        similar results: section 3.2.) eta = 0 adds no fresh noise, so the starting noise alone
+        decides the image. That is what most people mean by DDIM.
+
+        t_prev may lie many timesteps back. Training used q(x_t | x_0) alone, never the chain. So
+        every step is allowed that leaves x_{t_prev} with the right amount of noise. This one does,
+        for every eta: the squares of its two noise factors add up to 1 - alpha-bar_prev
+        (docs/derivations.md, section 6). The last t_prev is -1. There alpha-bar_prev is 1 and
+        sigma is 0, so x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -269,12 +255,7 @@ class NoiseScheduler(nn.Module):
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, the fresh noise, shaped like x_t; drawn if not given.
-            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does and Algorithm 2
-                does not. predict_x0 divides an error of noise_pred by sqrt(alpha-bar_t), which is
-                5e-5 at t = 999 of the cosine schedule. So if the last layer of a network is
-                noise_pred, its x_0_pred may be anything there. (`UNet` ends otherwise, so it hardly
-                matters here: the README's first exercise.) Clamping x_t instead would cut off noise
-                that belongs to it.
+            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -284,7 +265,7 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"t_prev must lie in -1 ... t - 1, not at {t_prev} for t = {t}")
 
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
-        if clamp:
+        if clamp:  # at t = 999 an error of noise_pred has just been divided by 5e-5
             x_0_pred = x_0_pred.clamp(-1, 1)
             noise_pred = self.predict_noise(x_t, t, x_0_pred)  # so that the two still make up x_t
         if noise is None:
@@ -319,8 +300,8 @@ class SinusoidalPositionalEmbedding(nn.Module):
         embedding(t) = [sin(w_0 t), ..., sin(w_k t), cos(w_0 t), ..., cos(w_k t)]
         w_i = 10000^(-i / (dim / 2)),  k = dim / 2 - 1
 
-    One number between 0 and 999 is hard on a network: the next timestep hardly differs. Like the
-    hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from late.
+    Like the hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from
+    late. In one number between 0 and 999 the next timestep would hardly differ.
 
     int64 [B] -> [B, dim] in PyTorch's default dtype, float32; dim is a positive even number.
     """
@@ -423,23 +404,24 @@ class UNet(nn.Module):
     Most layers sit at the lowest resolution: a kernel covers more of the image there, and a layer
     of 2c channels costs no more than one of c channels above.
 
-    v-prediction (Salimans, Ho 2022, section 4). The layers put out v_theta, and the noise is
+    v-prediction (Salimans, Ho 2022, section 4). If the layers put out the noise, `predict_x0` would
+    divide their error by sqrt(alpha-bar_t), which is 5e-5 at t = 999: x_0_pred would be noise. So
+    they put out v_theta, a guess at another mixture of the same two, and the noise follows:
 
-        eps_theta(x_t, t) = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
+        v                   = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0
+        eps_theta(x_t, t)   = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
-    Put that into `predict_x0`, and the division by sqrt(alpha-bar_t) cancels out: x_0 becomes
-    sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta. That is what it is for. At t = 999 an
-    eps_theta straight from the layers would have its error divided by sqrt(alpha-bar_t) = 5e-5, and
-    x_0_pred would be noise, cut to [-1, 1]; with v it is roughly the average image (README, "The
-    way from noise to a digit"). It is the same prediction in other coordinates: v =
-    sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0. The loss stays that of the noise, DDPM's, in
-    which the squared error of v has the weight alpha-bar_t, nearly 0 at t = 999. The layers get v
-    roughly right there all the same: it is about -x_0 at all large t, which they learn from
-    slightly smaller t.
+    Put this into `predict_x0`, and the division cancels out: x_0_pred is sqrt(alpha-bar_t) x_t -
+    sqrt(1 - alpha-bar_t) v_theta. At t = 999 it is roughly the average image. The loss is still
+    that of the noise.
 
-    The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. For x_0 ~ N(0, I) that
-    is the right answer, E[eps | x_t], since eps and x_t have variance 1 each and covariance
-    sqrt(1 - alpha-bar_t).
+    v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi,
+    and following it from pure noise to phi = 0 draws an image, as in flow matching
+    (docs/derivations.md, section 8).
+
+    The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from
+    this sensible guess, and no random layer disturbs it. (It is the right answer if x_0 itself is
+    from N(0, I): eps and x_t have variance 1 each and covariance sqrt(1 - alpha-bar_t).)
 
     Labels, for a network that draws what it is asked for; skip this for the plain model. With
     num_classes, every class has a vector that is added to the embedding of the time. One more row

@@ -16,16 +16,16 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [line for kind, text in BLOCKS if kind == "bash" for line in text.splitlines()]
 PYTHON = [text for kind, text in BLOCKS if kind == "python"]
-INSTALL = "python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements.txt && "
+INSTALL = "python3 -m venv .venv && .venv/bin/python -m pip install -q -r requirements.txt"
 
 
 def test_the_first_commands_start_from_nothing():
     """They are complete on a fresh machine; .ci/run types them."""
-    assert all(command.startswith(INSTALL) for command in COMMANDS[:3])
-    draw, train, test = (command.removeprefix(INSTALL) for command in COMMANDS[:3])
+    install, draw, train, test = COMMANDS[:4]
+    assert install == INSTALL
     assert draw.startswith(".venv/bin/python train_diffusion.py --sample-only ")
-    assert train == ".venv/bin/python train_diffusion.py"
-    assert test == ".venv/bin/python -m pytest"
+    assert train == f"{INSTALL} && .venv/bin/python train_diffusion.py"
+    assert test == f"{INSTALL} && .venv/bin/python -m pytest"
 
 
 def test_every_other_command_of_the_program_works(small_data, tmp_path, monkeypatch):
@@ -37,8 +37,7 @@ def test_every_other_command_of_the_program_works(small_data, tmp_path, monkeypa
     for i, name in enumerate(("cat", "dog") * 8):
         (tmp_path / "my_pictures" / name).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40, 50), (200 * (i % 2), i, 9)).save(f"my_pictures/{name}/{i}.png")
-    commands = [COMMANDS[0].removeprefix(INSTALL), *COMMANDS[3:]]
-    words = [shlex.split(command, comments=True) for command in commands]
+    words = [shlex.split(command, comments=True) for command in [COMMANDS[1], *COMMANDS[4:]]]
     python = [".venv/bin/python", "train_diffusion.py"]
     ours = [command[2:] for command in words if command[:2] == python]
     assert len(ours) == 7
@@ -67,12 +66,12 @@ def test_readme_and_help_name_the_same_options():
     assert all(action.help for action in parser._actions)
     default, text = parser.get_default, " ".join(README.split())
     low, high = program.GUIDANCE_INTERVAL
-    assert f"Without an option the strength is {default('guidance')}, and only where" in text
-    assert f"lies between {low} and {high}:" in text
+    assert f"The default is $w = {default('guidance')}$, and only while" in text
+    assert f"lies between {low} and {high}." in text
     assert f"Why do {default('sample_steps')} steps do?" in text
     assert f"$x_t$ at $t = {default('timesteps') - 1}$ is pure noise" in text
     size = sum(weight.numel() for weight in program.load_model()[0].parameters())
-    assert f"It has {size:,} parameters" in text
+    assert f"This one has {size:,} parameters" in text
 
 
 def test_a_number_is_drawn(tmp_path, monkeypatch, mnist):
@@ -120,6 +119,14 @@ def test_every_link_leads_somewhere(page):
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_formulas_in_a_sentence_are_such_that_github_renders_them():
+    """It takes the backslash of `\\,` away, as everywhere in Markdown, and shows the comma."""
+    for page in PAGES:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for formula in re.findall(r"\$[^$]+\$", text):
+            assert not re.search(r"\\[^a-zA-Z]|\n", formula), formula
 
 
 def test_every_picture_is_shown_and_made_by_a_block_or_a_command():
