@@ -361,8 +361,8 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Every position looks at every other one (Transformer, eq. 1), added to the input.
 
-    A convolution sees its neighborhood. Whether a stroke up here goes with a loop down there,
-    attention can tell.
+    So a stroke up here can be compared with a loop down there in one layer. Convolutions see that
+    far only several layers later.
 
     [B, C, H, W] -> [B, C, H, W]
     """
@@ -396,8 +396,8 @@ class UNet(nn.Module):
           stem, down_block                 [B, c, 14, 14]  ------------ skip --------------.
             downsample, low_down_blocks    [B, 2c, 7, 7] ------ skips ----.                |
               attention, middle_block      [B, 2c, 7, 7]                  |                |
-            low_up_blocks                  [B, 2c, 7, 7] <----- concat ---'                |
-          upsample, up_block               [B, c, 14, 14]  <----------- concat ------------'
+            low_up_blocks                  [B, 4c to 2c, 7, 7] <-- concat -'                |
+          upsample, up_block               [B, 2c to c, 14, 14] <------ concat ------------'
           head, unfold                     [B, 1, 28, 28] = v_theta
 
     The fold (space-to-depth) loses nothing and makes the costliest convolutions four times cheaper.

@@ -211,8 +211,10 @@ def denoise(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The reverse process, from pure noise to images, a step at a time.
 
-    With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2 (with x_0_pred clamped, see
-    `NoiseScheduler.step`). Fewer steps are longer jumps by DDIM's formula.
+    With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp of
+    x_0_pred. Fewer steps are longer jumps by DDIM's formula; `NoiseScheduler.step` says why these
+    are allowed. A jump loses some of the variance. With 25 steps that is little: a hundred draw
+    hardly better digits (benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -236,7 +238,7 @@ def denoise(
         w = guidance if low <= alphas_cumprod[t] <= high else 0
         noise_pred = guided_noise(model, x_t, t, labels, w)
         yield t, x_t, scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
-        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)
+        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)  # at last times 0
         x_t = scheduler.step(x_t, t, noise_pred, t_prev, eta, noise)
     yield -1, x_t, x_t
 
