@@ -5,9 +5,8 @@ That is the forward process, and it needs no learning. Then train a network to s
 mixed in. Whoever knows the noise can take a little of it away again: that is the reverse process,
 and started from pure noise it draws new images.
 
-    NoiseScheduler                 how much noise at which step: q(x_t | x_0); its posterior
-                                   q(x_{t-1} | x_t, x_0), which says where x_t came from if x_0 is
-                                   known; and one reverse step
+    NoiseScheduler                 the noise at every timestep: q(x_t | x_0), q(x_{t-1} | x_t, x_0)
+                                   and one reverse step
     SinusoidalPositionalEmbedding  the timestep as a vector that a network can read
     UNet                           eps_theta(x_t, t), the network that predicts the noise
 
@@ -25,27 +24,23 @@ Symbols in the papers and their names here:
     T                 how many timesteps there are               num_timesteps
 
 One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise. A
-variance of 1 stays 1, since alpha_t + beta_t = 1, and any other comes closer to it:
+variance of 1 stays 1, since alpha_t + beta_t = 1:
 
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
 
-Conventions. Timesteps count from 0 (the papers count from 1): x_t at t = 0 has been noised once, at
-t = T - 1 it is noise with next to nothing of the image, and t = -1 stands for the clean image, with
-alpha-bar_{-1} = 1. The pure noise that sampling starts from is called x_T, and taken for x_t at
-t = T - 1. The name x_0 always means the clean image, as in the papers, and x_0_pred a guess at it.
-Pixels lie in [-1, 1]. Every method of the scheduler takes the image first, then t.
+Conventions. Timesteps count from 0; the papers count from 1. x_t at t = 0 has been noised once. At
+t = T - 1 next to nothing is left of the image. t = -1 stands for the clean image, with
+alpha-bar_{-1} = 1. x_0 is always the clean image, as in the papers, and x_0_pred a guess at it. The
+pure noise that sampling starts from is called x_T, and taken for x_t at t = T - 1. Pixels lie in
+[-1, 1]. Every method of the scheduler takes the image first, then t.
 
-Papers, as cited below:
+Papers, as cited below; docs/derivations.md has the proofs:
 
-    DDPM              Ho, Jain, Abbeel 2020, Denoising Diffusion Probabilistic Models,
-                      arXiv:2006.11239
-    DDIM              Song, Meng, Ermon 2021, Denoising Diffusion Implicit Models,
-                      arXiv:2010.02502 (their alpha is our alpha-bar)
-    Improved DDPM     Nichol, Dhariwal 2021, Improved Denoising Diffusion Probabilistic Models,
-                      arXiv:2102.09672
-    Salimans, Ho      2022, Progressive Distillation for Fast Sampling of Diffusion Models,
-                      arXiv:2202.00512
-    Transformer       Vaswani et al. 2017, Attention Is All You Need, arXiv:1706.03762
+    DDPM              Ho, Jain, Abbeel 2020, arXiv:2006.11239
+    DDIM              Song, Meng, Ermon 2021, arXiv:2010.02502 (their alpha is our alpha-bar)
+    Improved DDPM     Nichol, Dhariwal 2021, arXiv:2102.09672
+    Salimans, Ho      2022, arXiv:2202.00512
+    Transformer       Vaswani et al. 2017, arXiv:1706.03762
 """
 
 import math
@@ -66,10 +61,9 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  s = 0.008
         alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
-    The cosine destroys an image slowly at both ends and steadily in between. (By the linear
-    schedule an image is gone long before the last step.) s keeps the first betas from vanishing,
-    since so little noise is hard to predict. T betas need the curve at T + 1 points, from u = 0 to
-    1. There f is 0, so MAX_BETA caps the last beta.
+    The cosine destroys an image slowly at both ends and steadily in between. By the linear schedule
+    it is gone long before the last step. s keeps the first betas from vanishing, since so little
+    noise is hard to predict. f(1) = 0, so the last beta would be 1; MAX_BETA caps it.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -81,8 +75,7 @@ def linear_betas(num_timesteps: int) -> Tensor:
     """Betas rising on a straight line (DDPM, section 4): float64 [T].
 
     The paper's 1e-4 ... 0.02 is meant for T = 1000. For another T they are scaled by 1000 / T (not
-    in the paper): fewer steps of that size would leave some of the image. From T = 20 down the
-    last ones would reach 1, so they are capped too.
+    in the paper): fewer steps of that size would leave some of the image. The cap acts for T < 21.
     """
     scale = 1000 / num_timesteps
     betas = torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
@@ -125,13 +118,8 @@ class NoiseScheduler(nn.Module):
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        # Sampling starts at T - 1 from noise that knows of no image, so x_t must hold next to
-        # nothing of one there. By the cosine with T = 1000, alpha-bar falls from 1 - 4e-5 at t = 0
-        # to 2.4e-9.
+        # Sampling starts there from noise without an image. (Cosine, T = 1000: 2.4e-9 is left.)
         assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
-
-        # q(x_{t-1} | x_t, x_0) is a Gaussian. DDPM eq. 7 gives its mean, a weighted sum of x_0 and
-        # x_t, and its variance.
         noise_share = 1 - alphas_cumprod
         tables = {
             "betas": betas,
@@ -160,8 +148,7 @@ class NoiseScheduler(nn.Module):
 
         All the small steps up to t make one large one, so training may visit any t directly. For
         two steps: the second scales the first one's variance, 1 - alpha_{t-1}, by alpha_t and adds
-        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step is one more factor
-        (docs/derivations.md, section 1).
+        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step is one more factor.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -183,8 +170,7 @@ class NoiseScheduler(nn.Module):
 
         With the network's noise this is a blurred image. Many images fit a noisy x_t. The squared
         error has taught the network the mean of all noises that fit, since the mean has the least
-        squared error. That leaves the mean of all images that fit. Near t = T - 1 it is the average
-        image.
+        squared error. That leaves the mean of all images that fit.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -387,9 +373,8 @@ class SelfAttention(nn.Module):
 class UNet(nn.Module):
     """eps_theta(x_t, t): predicts the noise in a noisy image (DDPM, section 3.2, appendix B).
 
-    Down to a coarse view of the image, where a few layers see all of it, and up again to full
-    detail. On the way up every resolution also gets what the way down knew there (the skip
-    connections): noise is a matter of single pixels, and the coarse view has forgotten them.
+    Down to a coarse view of the image, where a few layers see all of it, and up again. Skip
+    connections hand the detail across: the coarse view has lost single pixels, and noise is there.
 
         x_t    [B, 1, 28, 28]
           fold 2x2 pixels into channels    [B, 4, 14, 14] (pixel_unshuffle)
@@ -412,8 +397,7 @@ class UNet(nn.Module):
         eps_theta(x_t, t)   = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
     Put this into `predict_x0`, and the division cancels out: x_0_pred is sqrt(alpha-bar_t) x_t -
-    sqrt(1 - alpha-bar_t) v_theta. At t = 999 it is roughly the average image. The loss is still
-    that of the noise.
+    sqrt(1 - alpha-bar_t) v_theta, an image at t = 999 too. The loss is still that of the noise.
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi,
     and following it from pure noise to phi = 0 draws an image, as in flow matching
@@ -423,9 +407,8 @@ class UNet(nn.Module):
     this sensible guess, and no random layer disturbs it. (It is the right answer if x_0 itself is
     from N(0, I): eps and x_t have variance 1 each and covariance sqrt(1 - alpha-bar_t).)
 
-    Labels, for a network that draws what it is asked for; skip this for the plain model. With
-    num_classes, every class has a vector that is added to the embedding of the time. One more row
-    of the table, `no_label`, stands for "no label".
+    With num_classes, every class has a vector that is added to the embedding of the time. One more
+    row of the table, `no_label`, stands for "no label".
 
     Args:
         scheduler: the schedule that noises the images; it knows how much of x_t is noise.

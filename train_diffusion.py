@@ -56,11 +56,11 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 def draw_timesteps(
     scheduler: NoiseScheduler, images: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Timesteps for a batch, by the low-discrepancy sampler: int64 [B], in 0 ... T - 1.
+    """Timesteps for a batch, evenly spread from a random start: int64 [B], in 0 ... T - 1.
 
-    They are spread evenly from a random start. Each is uniform, as in DDPM, which draws them
-    independently. Since every batch has all amounts of noise, its loss and its gradient vary less
-    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
+    Each is uniform, as in DDPM, which draws them independently. This is the low-discrepancy sampler
+    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). Every batch has all amounts of noise, so
+    its loss and its gradient vary less.
     """
     T, B, device = scheduler.num_timesteps, len(images), images.device
     start = torch.randint(T, (1,), generator=generator, device=device)
@@ -132,8 +132,8 @@ def training_step(
     """
     model, device = learner.model, images.device
 
-    # Draw a timestep and noise for every image, and whose label to drop: guidance needs predictions
-    # without one too. Several processes draw alike for the whole batch; each keeps its share.
+    # Draw a timestep and noise for every image, and which labels to drop (for guidance). Every
+    # process draws for the whole batch and keeps its share.
     x_0 = processes.share(to_model(images))
     t = draw_timesteps(scheduler, images, generator)
     noise = torch.randn(images.shape, generator=generator, device=device)
@@ -156,7 +156,7 @@ def training_step(
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
 
-    # Average the weights, as DDPM does (appendix B): ema = decay ema + (1 - decay) model.
+    # Average the weights (DDPM, appendix B): ema = decay ema + (1 - decay) model.
     get_ema_multi_avg_fn(ema_decay(step))(list(learner.ema.parameters()), weights, None)
     return torch.where(grad_norm.isfinite(), loss, torch.nan)
 
@@ -184,10 +184,9 @@ def guided_noise(
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. The noise is the score times -sqrt(1 - alpha-bar_t), see
-    docs/derivations.md, and by Bayes' rule grad log q(x_t | label) - grad log q(x_t) =
-    grad log q(label | x_t). So guidance goes farther to where x_t fits its label better. Images get
-    clearer, and more alike; a guided step costs twice as much.
+    drops some labels. Taking out their difference moves x_t to where its label is more probable,
+    by Bayes' rule (docs/derivations.md, section 7). Images get clearer, and more alike. A guided
+    step costs twice as much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -257,7 +256,7 @@ def sample(
     """Draw images, uint8 [N, C, H, W]: with the same seed and options, the same on every call.
 
     Without labels, a model that has classes draws them in turn. (Its "no label" row is there for
-    guidance, and draws badly.)
+    guidance.)
 
     Args:
         num_samples: how many; as many as labels if those are given, else 100.
@@ -373,8 +372,8 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         interruption.deferred = True
         run.start_clock()
         for which in bar:
-            # The learning rate: a factor that rises to 1 in the first steps, and one that falls on
-            # a line to 0. Draws depend on the step alone, so that a resumed run repeats them.
+            # The learning rate rises in the first steps, and falls on a line to 0. Draws depend on
+            # the step alone, so that a resumed run repeats them.
             lr = args.lr * min(1, (run.step + 1) / WARMUP_STEPS) * (1 - run.step / total_steps)
             draws = generator_for(f"step {run.step}", args.seed, device)
             images, labels = data.batch(which)
