@@ -241,7 +241,8 @@ class NoiseScheduler(nn.Module):
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, the fresh noise, shaped like x_t; drawn if not given.
-            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does.
+            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does. noise_pred
+                becomes what makes up x_t together with it (`predict_noise`).
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")

@@ -5,11 +5,13 @@
 An exercise needs no later one. The references are those of test_scheduler.py.
 """
 
-import importlib.util
 import math
 import re
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -38,61 +40,94 @@ PAGE = (ROOT / "docs" / "exercises.md").read_text(encoding="utf-8")
 LABELS = EVERY_T % 10
 
 
+def fail(sentence: str, hint: str) -> NoReturn:
+    pytest.fail(f"{sentence}\nHint: {hint}", pytrace=False)
+
+
+def call(function: Callable[..., Any], *arguments: Any, hint: str, **named: Any) -> Any:
+    """What the function returns. If it raises, one sentence says what and where."""
+    try:
+        return function(*arguments, **named)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if Path(frame.filename).parent == ROOT]
+        where = f" ({Path(ours[-1].filename).name}, line {ours[-1].lineno})" if ours else ""
+        fail(f"{function.__name__} raises {type(error).__name__}: {error}{where}.", hint)
+
+
 def compare(name: str, actual: object, expected: Tensor, hint: str) -> None:
     """Fail with a sentence for a learner unless both are the same; the first index is t."""
-    problem = ""
     if not isinstance(actual, Tensor):
-        problem = f"is {actual}, not a tensor. Is there a return?"
-    elif actual.shape != expected.shape:
-        problem = f"has the shape {list(actual.shape)}, and should have {list(expected.shape)}."
-    else:
-        wrong = ~torch.isclose(actual.to(expected.dtype), expected, rtol=1e-5, atol=1e-7)
-        if wrong.any():
-            first = tuple(wrong.nonzero()[0].tolist())
-            values = f"{actual[first].item():.6g}, and should be {expected[first].item():.6g}"
-            share = f"{wrong.double().mean():.0%} of all values are wrong"
-            problem = f"is {values}, at t = {first[0]} ({share})."
-    if problem:
-        pytest.fail(f"{name} {problem}\nHint: {hint}", pytrace=False)
+        fail(f"{name} is of type {type(actual).__name__}, not a tensor.", "is there a return?")
+    if actual.shape != expected.shape:
+        shapes = f"{list(actual.shape)}, and should have {list(expected.shape)}"
+        fail(f"{name} has the shape {shapes}.", hint)
+    wrong = ~torch.isclose(actual.to(expected.dtype), expected, rtol=1e-5, atol=1e-7)
+    if wrong.any():
+        differences = torch.where(wrong, (actual - expected).abs().nan_to_num(math.inf), -1.0)
+        at = tuple(int(i) for i in torch.unravel_index(differences.argmax(), wrong.shape))
+        values = f"{actual[at].item():.6g}, and should be {expected[at].item():.6g}"
+        share = f"{int(wrong.sum())} of {wrong.numel()} values are wrong"
+        fail(f"{name} is {values}, at t = {at[0]} ({share}).", hint)
 
 
-def two(name: str, result: object) -> tuple[object, object]:
+def two(name: str, result: object) -> tuple[Any, Any]:
     if not isinstance(result, tuple) or len(result) != 2:
-        pytest.fail(f"{name} should return two tensors, not {result}.", pytrace=False)
+        fail(f"{name} returns a {type(result).__name__}.", "it should return two tensors.")
     return result
 
 
+def compare_with_normal(name: str, noise: object) -> None:
+    """Whether a tensor of thousands of numbers looks like draws from N(0, 1)."""
+    if not isinstance(noise, Tensor):
+        fail(f"{name} is of type {type(noise).__name__}.", "draw it if it is not given.")
+    mean, deviation = noise.mean().item(), noise.std().item()
+    if abs(mean) > 0.1 or abs(deviation - 1) > 0.1:
+        values = f"the mean {mean:.2f} and the deviation {deviation:.2f}, not 0 and 1"
+        fail(f"{name} has {values}.", "it comes from N(0, I).")
+
+
 def test_exercise_1_cosine_betas() -> None:
-    betas = forward_reverse_process.cosine_betas(T)
-    hint = "alpha-bar at the two ends of step t is that at u = t / T and at u = (t + 1) / T."
     expected = reference_tables(T)["betas"]
-    compare("cosine_betas(1000)[:-1]", betas if betas is None else betas[:-1], expected[:-1], hint)
+    hint = "T betas need the curve at T + 1 points, from u = 0 to u = 1."
+    betas = call(forward_reverse_process.cosine_betas, T, hint=hint)
+    if isinstance(betas, Tensor):
+        compare("cosine_betas(1000)", 0 * betas, 0 * expected, hint)  # their shapes first
+        if betas.dtype != torch.float64:
+            fail(
+                f"cosine_betas(1000) is {betas.dtype}.", "it should be float64, see the docstring."
+            )
+        hint = "beta_t is 1 - alpha-bar_t / alpha-bar_{t-1}, and alpha-bar a *squared* cosine."
+        compare("cosine_betas(1000)[:-1]", betas[:-1], expected[:-1], hint)
     hint = "the curve ends at 0, so the last beta would be 1: MAX_BETA caps it."
     compare("cosine_betas(1000)", betas, expected, hint)
 
 
 def test_exercise_2_add_noise() -> None:
-    result = float64_scheduler(T).add_noise(X_0, EVERY_T, NOISE)
-    x_t, noise = two("add_noise", result)
+    add_noise = float64_scheduler(T).add_noise
     hint = "sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps, each image with its own t (look_up)."
+    x_t, noise = two("add_noise", call(add_noise, X_0, EVERY_T, NOISE, hint=hint))
     compare("x_t", x_t, ALPHA_BAR.sqrt() * X_0 + (1 - ALPHA_BAR).sqrt() * NOISE, hint)
     compare("the second result", noise, NOISE, "it is the noise in x_t.")
-    x_t, noise = two("add_noise without noise", float64_scheduler(T).add_noise(X_0, 500))
-    alpha_bar = ALPHA_BAR[500]
     hint = "without noise, draw it, and return what was drawn."
+    x_t, noise = two("add_noise without noise", call(add_noise, X_0, 500, hint=hint))
+    compare_with_normal("the noise that add_noise draws", noise)
+    alpha_bar = ALPHA_BAR[500]
     compare("x_t", x_t, alpha_bar.sqrt() * X_0 + (1 - alpha_bar).sqrt() * noise, hint)
 
 
 def test_exercise_3_predict_x0() -> None:
-    x_0_pred = float64_scheduler(T).predict_x0(X_T, EVERY_T, NOISE_PRED)
+    hint = "solve add_noise's equation for x_0; no clamp."
+    x_0_pred = call(float64_scheduler(T).predict_x0, X_T, EVERY_T, NOISE_PRED, hint=hint)
     expected = (X_T - (1 - ALPHA_BAR).sqrt() * NOISE_PRED) / ALPHA_BAR.sqrt()
-    compare("predict_x0", x_0_pred, expected, "solve add_noise's equation for x_0; no clamp.")
+    compare("predict_x0", x_0_pred, expected, hint)
 
 
 def test_exercise_4_posterior() -> None:
-    mean, variance = two("posterior", float64_scheduler(T).posterior(X_T, EVERY_T, X_0))
+    hint = "the tables have both factors ready. (alpha-bar_{t-1} is alphas_cumprod_prev at t.)"
+    result = call(float64_scheduler(T).posterior, X_T, EVERY_T, X_0, hint=hint)
+    mean, variance = two("posterior", result)
     expected_mean, expected_variance = bayes(EVERY_T[1:], EVERY_T[:-1], X_0[1:])
-    hint = "at t = 0 it is x_0 itself. The tables have both factors ready."
     compare("the mean", mean, torch.cat([X_0[:1], expected_mean]), hint)
     hint = "beta-tilde_t, shaped [B, 1, 1, 1] (look_up); 0 at t = 0."
     expected = torch.cat([torch.zeros_like(expected_variance[:1]), expected_variance])
@@ -100,39 +135,66 @@ def test_exercise_4_posterior() -> None:
 
 
 def test_exercise_5_step() -> None:
-    scheduler, t = float64_scheduler(T), EVERY_T[1:]
+    step, t = float64_scheduler(T).step, EVERY_T[1:]
     x_t, noise_pred, z = X_T[t], NOISE_PRED[t], Z[t]
-    x_0 = ((x_t - (1 - ALPHA_BAR[t]).sqrt() * noise_pred) / ALPHA_BAR[t].sqrt()).clamp(-1, 1)
+    x_0_pred = (x_t - (1 - ALPHA_BAR[t]).sqrt() * noise_pred) / ALPHA_BAR[t].sqrt()
 
-    def compare_step(name: str, t_prev: Tensor, eta: float, hint: str) -> None:
-        result = scheduler.step(x_t, t, noise_pred, t_prev, eta, z)
+    def compare_step(name: str, t_prev: Tensor, eta: float, hint: str, clamp: bool = True) -> None:
+        arguments = x_t, t, noise_pred, t_prev, eta, z, clamp
+        result = call(step, *arguments, hint=hint)
+        x_0 = x_0_pred.clamp(-1, 1) if clamp else x_0_pred
         expected = ddim_step(ALPHA_BAR[t], ALPHA_BAR[t_prev], x_t, x_0, eta, z)
-        if isinstance(result, Tensor):  # its first image is at t = 1
-            result, expected = (torch.cat([zero[:1] * 0, zero]) for zero in (result, expected))
+        if isinstance(result, Tensor):  # whose first image is at t = 1
+            zero = torch.zeros_like(expected[:1])
+            result, expected = torch.cat([zero, result]), torch.cat([zero, expected])
         compare(name, result, expected, hint)
 
-    hint = "clamp x_0_pred, then take the noise that makes up x_t together with it."
+    hint = "tables that end in _prev, at t_prev + 1, say how much of both is in x_{t_prev}."
+    compare_step("a step to t - 1, eta = 0 and no clamp,", t - 1, 0.0, hint, clamp=False)
+    compare_step("a jump to t // 2, eta = 0 and no clamp,", t // 2, 0.0, hint, clamp=False)
+    hint = "after the clamp of x_0_pred take the noise that makes up x_t with it: predict_noise."
     compare_step("a step to t - 1 at eta = 0", t - 1, 0.0, hint)
-    hint = "t_prev may be any earlier timestep; the tables _prev are at t_prev + 1."
-    compare_step("a jump to t // 2 at eta = 0", t // 2, 0.0, hint)
     hint = "sigma^2 is taken from the old noise: its factor is sqrt(1 - alpha-bar_prev - sigma^2)."
     compare_step("a jump to t // 2 at eta = 0.5", t // 2, 0.5, hint)
     compare_step("a step to t - 1 at eta = 1", t - 1, 1.0, hint)
-    result = scheduler.step(X_T, EVERY_T, NOISE_PRED, 0 * EVERY_T - 1, 1.0, Z)
+    hint = "tables that end in _prev, at t_prev + 1, know alpha-bar of the clean image: 1."
+    result = call(step, X_T, EVERY_T, NOISE_PRED, 0 * EVERY_T - 1, 1.0, Z, hint=hint)
     x_0 = ((X_T - (1 - ALPHA_BAR).sqrt() * NOISE_PRED) / ALPHA_BAR.sqrt()).clamp(-1, 1)
-    compare("a jump to t_prev = -1", result, x_0, "alpha-bar is 1 there, and sigma is 0.")
+    compare("a jump to t_prev = -1", result, x_0, hint)
+
+    hint = "without t_prev it goes to t - 1, and without noise it draws its own."
+    result = call(step, X_T, 500, 0 * X_T, hint=hint)
+    without = call(step, X_T, 500, 0 * X_T, 499, noise=0 * X_T, hint=hint)
+    if isinstance(result, Tensor):
+        compare_with_normal(
+            "the noise that step draws", (result - without) / (result - without).std()
+        )
+    jump = NoiseScheduler(T).step
+    hint = "rounding may leave -1e-8 under a root: clamp it to 0."
+    result = call(jump, X_T.float(), 999, NOISE_PRED.float(), 665, noise=Z.float(), hint=hint)
+    if not result.isfinite().all():
+        fail("a jump from 999 to 665 in float32 has values that are not finite.", hint)
 
 
 def test_exercise_6_training_loss() -> None:
-    def model(x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return 0.5 * x_t + (t / T + 0.1 * labels).reshape(-1, 1, 1, 1)
+    factor = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
 
-    scheduler, labels = float64_scheduler(T), LABELS
-    losses = train_diffusion.training_loss(model, scheduler, X_0, labels, EVERY_T, NOISE)
+    def model(x_t: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        shift = t / T if labels is None else t / T + 0.1 * labels
+        return factor * x_t + shift.reshape(-1, 1, 1, 1)
+
+    scheduler, training_loss = float64_scheduler(T), train_diffusion.training_loss
+    hint = "add_noise, then the model with labels, then the squared error: a mean for each image."
+    losses = call(training_loss, model, scheduler, X_0, LABELS, EVERY_T, NOISE, hint=hint)
     x_t = ALPHA_BAR.sqrt() * X_0 + (1 - ALPHA_BAR).sqrt() * NOISE
-    expected = (NOISE - model(x_t, EVERY_T, labels)).square().mean(dim=(1, 2, 3))
-    hint = "add_noise, then the model, then the squared error of the noise: a mean for each image."
+    expected = (NOISE - model(x_t, EVERY_T, LABELS)).square().mean(dim=(1, 2, 3)).detach()
     compare("training_loss", losses, expected, hint)
+    if not losses.requires_grad:
+        fail("the loss has no gradient.", "the network must learn from it: no torch.no_grad().")
+    hint = "t that is not given comes from draw_timesteps, noise from add_noise."
+    losses = call(training_loss, model, scheduler, X_0, hint=hint)
+    if not (isinstance(losses, Tensor) and losses.shape == (T,) and losses.isfinite().all()):
+        fail("training_loss without labels, t and noise is no loss for each image.", hint)
 
 
 class Labeled(torch.nn.Module):
@@ -147,16 +209,16 @@ class Labeled(torch.nn.Module):
 
 
 def test_exercise_7_guided_noise() -> None:
-    model = Labeled()
+    model, guided_noise = Labeled(), train_diffusion.guided_noise
     labeled, unlabeled = model(X_T, 5, LABELS), model(X_T, 5)
-    hint = "with guidance 0 or without labels it is the model's own answer."
-    compare("guided_noise with w = 0", train_diffusion.guided_noise(model, X_T, 5, LABELS, 0),
-            labeled, hint)  # fmt: skip
-    compare("guided_noise without labels", train_diffusion.guided_noise(model, X_T, 5, None, 2),
-            unlabeled, hint)  # fmt: skip
+    for labels, w, expected in ((LABELS, 0, labeled), (None, 2, unlabeled)):
+        hint = "with guidance 0 or without labels it is the model's own answer."
+        result = call(guided_noise, model, X_T, 5, labels, w, hint=hint)
+        name = f"guided_noise with w = {w}" + ("" if labels is not None else ", without labels,")
+        compare(name, result, expected, hint)
     hint = "(1 + w) times the answer with the label, less w times that with model.no_label."
-    compare("guided_noise with w = 2", train_diffusion.guided_noise(model, X_T, 5, LABELS, 2),
-            3 * labeled - 2 * unlabeled, hint)  # fmt: skip
+    result = call(guided_noise, model, X_T, 5, LABELS, 2, hint=hint)
+    compare("guided_noise with w = 2", result, 3 * labeled - 2 * unlabeled, hint)
 
 
 HEUN = ROOT / "heun.py"
@@ -172,28 +234,33 @@ def check_heun(heun_step: Callable[..., Tensor]) -> None:
         """The best v: cos(phi) E[eps | x] - sin(phi) E[x_0 | x]."""
         return math.cos(phi) * math.sin(phi) * (1 - 0.3**2) / variance(phi) * x
 
-    start, errors = torch.linspace(-2, 2, 9, dtype=torch.float64), []
+    # To phi = 0.3 and not to 0: there the velocity is 0, and a slip at the end would not be seen.
+    start, last, errors = torch.linspace(-2, 2, 9, dtype=torch.float64), 0.3, []
+    hint = "Euler's step comes to 2. Heun's goes by the mean of the velocities at phi and phi_prev."
     for num_steps in (40, 80):
         x = start
         for i in range(num_steps, 0, -1):
-            phi, phi_prev = (math.pi / 2 * j / num_steps for j in (i, i - 1))
-            x = heun_step(x, phi, phi_prev, velocity)
-        errors.append((x - 0.3 * start).abs().max().item())
+            ends = (last + (math.pi / 2 - last) * j / num_steps for j in (i, i - 1))
+            x = call(heun_step, x, *ends, velocity, hint="heun_step(x, phi, phi_prev, velocity)")
+            if not isinstance(x, Tensor):
+                fail(f"heun_step returns a {type(x).__name__}.", "is there a return?")
+        errors.append((x - variance(last) ** 0.5 * start).abs().max().item())
     ratio = errors[0] / max(errors[1], 1e-300)
+    if errors[1] > 0.1:
+        fail(f"After 80 steps x is {errors[1]:.2g} off.", "a step goes by phi_prev - phi, below 0.")
     if not 3.5 < ratio < 4.5:
         message = f"With twice the steps the error is divided by {ratio:.2g}, and should be by 4."
-        hint = "Euler's step comes to 2. Heun's takes the mean of the velocities at both ends."
-        pytest.fail(f"{message}\nHint: {hint}", pytrace=False)
+        fail(message, hint)
 
 
 def test_exercise_8_heun_step() -> None:
     if not HEUN.exists():
         pytest.skip("the last exercise of docs/exercises.md: there is no heun.py yet")
-    spec = importlib.util.spec_from_file_location("heun", HEUN)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    check_heun(module.heun_step)
+    variables: dict[str, Any] = {}
+    exec(compile(HEUN.read_text(encoding="utf-8"), HEUN, "exec"), variables)
+    if "heun_step" not in variables:
+        fail("heun.py has no function of that name.", "def heun_step(x, phi, phi_prev, velocity)")
+    check_heun(variables["heun_step"])
 
 
 # --- tests of these tests -------------------------------------------------------------------------
@@ -214,11 +281,16 @@ Failed = pytest.fail.Exception
 def test_an_emptied_function_fails_its_own_exercise_and_none_before(number, monkeypatch):
     check, home, name = EXERCISES[number - 1]
     assert check.__name__ == f"test_exercise_{number}_{name}"
-    monkeypatch.setattr(home, name, lambda *args, **kwargs: None)
-    for earlier, _, _ in EXERCISES[: number - 1]:
-        earlier()
-    with pytest.raises(Failed, match="None"):
-        check()
+    for body in (lambda *args, **kwargs: None, not_implemented):
+        monkeypatch.setattr(home, name, body)
+        for earlier, _, _ in EXERCISES[: number - 1]:
+            earlier()
+        with pytest.raises(Failed, match="NoneType|NotImplementedError: write me"):
+            check()
+
+
+def not_implemented(*args, **kwargs):
+    raise NotImplementedError("write me")
 
 
 def wrong_add_noise(scheduler, x_0, t, noise=None):
@@ -234,14 +306,32 @@ def wrong_step(scheduler, x_t, t, noise_pred, t_prev=None, eta=1.0, noise=None, 
     return factor * x_0 + right(scheduler.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1) * noise
 
 
+def step_without_its_own_noise(scheduler, x_t, t, noise_pred, t_prev=None, eta=1.0, noise=None,
+                               clamp=True):  # fmt: skip
+    """As the formula says, but the noise does not go with the clamped image."""
+    look_up, t_prev = forward_reverse_process.look_up, t - 1 if t_prev is None else t_prev
+    x_0 = scheduler.predict_x0(x_t, t, noise_pred)
+    x_0 = x_0.clamp(-1, 1) if clamp else x_0
+    prev = look_up(scheduler.alphas_cumprod_prev, t_prev + 1)
+    now = look_up(scheduler.alphas_cumprod, t)
+    sigma = eta * ((1 - prev) / (1 - now) * (1 - now / prev)).sqrt()
+    return prev.sqrt() * x_0 + (1 - prev - sigma**2).sqrt() * noise_pred + sigma * noise
+
+
 @pytest.mark.parametrize(
     "number, wrong, said",
     [
-        (1, lambda T: (1 - reference_tables(T)["alphas"]).clamp(max=0.5), "is 0.5, and should"),
-        (2, wrong_add_noise, "x_t is .* at t = 0 .*\nHint: sqrt"),
-        (2, lambda *args: args[1], "should return two tensors"),
+        (1, lambda T: reference_tables(T)["betas"][1:], r"shape \[999\].*\nHint: T betas"),
+        (1, lambda T: reference_tables(T)["betas"].float(), "should be float64"),
+        (1, lambda T: reference_tables(T)["betas"].clamp(min=1e-3), r"\[:-1\] is 0.001, and"),
+        (1, lambda T: reference_tables(T)["betas"].clamp(max=0.9), "MAX_BETA caps it"),
+        (2, wrong_add_noise, "x_t is .*\nHint: sqrt"),
+        (2, lambda *args: args[1], "returns a Tensor.\nHint: it should return two tensors"),
+        (2, lambda self, x_0, t, noise=None: self.sqrt_alphas_cumprod[t] * x_0, "raises Runtime"),
         (3, lambda self, x_t, t, noise: (x_t - noise).clamp(-1, 1), "no clamp"),
-        (5, wrong_step, "at eta = 0 is .*\nHint: clamp"),
+        (4, lambda self, x_t, t, x_0: (x_t, self.posterior_variance), "the mean is"),
+        (5, wrong_step, "eta = 0 and no clamp, is .*\nHint: tables that end in _prev"),
+        (5, step_without_its_own_noise, "at eta = 0 is .*\nHint: after the clamp"),
         (6, lambda *args: torch.zeros(()), r"has the shape \[\], and should have \[1000\]"),
         (7, lambda model, x_t, t, labels, w: model(x_t, t, labels), "with w = 2 is"),
     ],
@@ -253,13 +343,40 @@ def test_a_mistake_is_named(number, wrong, said, monkeypatch):
         check()
 
 
-def test_heuns_step_as_the_page_has_it_passes_and_eulers_does_not():
+def draws_from(distribution):
+    def add_noise(scheduler, x_0, t, noise=None):
+        return add_noise_itself(scheduler, x_0, t, distribution(x_0) if noise is None else noise)
+
+    add_noise_itself = NoiseScheduler.add_noise
+    return add_noise
+
+
+@pytest.mark.parametrize("distribution", [torch.rand_like, torch.zeros_like])
+def test_noise_from_another_distribution_is_noticed(distribution, monkeypatch):
+    monkeypatch.setattr(NoiseScheduler, "add_noise", draws_from(distribution))
+    with pytest.raises(Failed, match="comes from N"):
+        test_exercise_2_add_noise()
+
+
+def test_heuns_step_as_the_page_has_it_passes_and_others_do_not():
     (answer,) = re.findall(r"```python\n(def heun_step.*?)```", PAGE, re.DOTALL)
     variables: dict = {}
     exec(answer, variables)
     check_heun(variables["heun_step"])
-    with pytest.raises(Failed, match="divided by 2"):
-        check_heun(lambda x, phi, phi_prev, velocity: x + (phi_prev - phi) * velocity(x, phi))
+
+    def euler(x, phi, phi_prev, velocity):
+        return x + (phi_prev - phi) * velocity(x, phi)
+
+    def slip(x, phi, phi_prev, velocity):
+        both = velocity(x, phi) + velocity(euler(x, phi, phi_prev, velocity), phi)
+        return x + (phi_prev - phi) * both / 2
+
+    def backwards(x, phi, phi_prev, velocity):
+        return x - (phi_prev - phi) * velocity(x, phi)
+
+    for wrong, said in ((euler, "divided by 2"), (slip, "divided by 2"), (backwards, "off")):
+        with pytest.raises(Failed, match=said):
+            check_heun(wrong)
 
 
 def test_the_page_has_a_command_for_each_exercise():
