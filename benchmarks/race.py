@@ -1,13 +1,15 @@
 """Who draws the better digits after the same minutes of training? Ours beside three projects.
 
     python -m pip install -r benchmarks/requirements.txt
-    python benchmarks/race.py --minutes 5 15 --picture race.png
+    python benchmarks/race.py --minutes 5 15 --keep runs/race --picture race.png
 
 Every contender trains once, as its own documentation trains, on the same images and labels in
 memory, for the largest number of minutes; the weights are kept at each of --minutes. Only training
 counts: the clock stands still while weights are kept, and judging comes after the race. Each draws
 --num-samples digits with its averaged weights and its own sampler in 25 steps, and quality.py
-judges --draws of them for each.
+judges --draws of them for each. Two of the six show whether it is the network or the recipe: the
+course's network by our recipe, and ours by the course's. What is in --keep is not raced again, so
+that a race may be broken off between two contenders; delete the folder to race anew.
 
 In favor of the others: each gets an average of its weights that forgets its random start, the label
 to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024). In
@@ -27,7 +29,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +66,14 @@ def forgetful(decay: float) -> Callable[[int], float]:
     return lambda step: min(decay, (1 + step) / (10 + step))
 
 
-def ours(
+def our_network() -> UNet:
+    width = train_diffusion.make_parser().get_default("base_channels")
+    model = UNet(NoiseScheduler(), base_channels=width, num_classes=NUM_CLASSES)
+    return model.to(memory_format=torch.channels_last)
+
+
+def our_recipe(
+    network: Callable[[], nn.Module],
     optimizer: str = "muon",
     spread: bool = True,
     guidance: float = train_diffusion.GUIDANCE,
@@ -72,12 +81,11 @@ def ours(
 ) -> Contender:
     """This program by its defaults. Its learning rate ends with the run, as it does there.
 
+    network: called like our `UNet`, with a `no_label`.
     spread: the timesteps of a batch are spread evenly; else each is drawn on its own.
     """
     default = train_diffusion.make_parser().get_default
-    scheduler = NoiseScheduler()
-    model = UNet(scheduler, base_channels=default("base_channels"), num_classes=NUM_CLASSES)
-    model.to(memory_format=torch.channels_last)
+    scheduler, model = NoiseScheduler(), cast(UNet, network())
     optimizers = make_optimizers(model, optimizer)
     for each in optimizers:
         each.param_groups[0]["lr"] = LEARNING_RATES[optimizer]
@@ -89,10 +97,9 @@ def ours(
         return train_diffusion.training_loss(model, scheduler, x_0, labels, t).mean()
 
     def draw(ema: nn.Module, labels: Tensor) -> Tensor:
-        assert isinstance(ema, UNet)
         x_T = torch.randn(len(labels), 1, 28, 28)
         path = train_diffusion.denoise(
-            ema, scheduler, x_T, labels, guidance=guidance, guidance_interval=interval
+            cast(UNet, ema), scheduler, x_T, labels, guidance=guidance, guidance_interval=interval
         )
         *_, (_, x_0, _) = path
         return x_0
@@ -100,36 +107,53 @@ def ours(
     return Contender(model, optimizers, default("batch_size"), ema_decay, loss, draw, lr_falls=True)
 
 
-def diffusers() -> Contender:
-    """Unit 2 of the Hugging Face diffusion course, with diffusers' own embedding of the label."""
-    from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+class CourseNetwork(nn.Module):
+    """The network of unit 2 of the Hugging Face diffusion course, called like our `UNet`.
 
-    model = UNet2DModel(
-        sample_size=28,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=2,
-        block_out_channels=(32, 64, 64),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        num_class_embeds=NUM_CLASSES,
-    )
+    The label goes in by diffusers' own embedding, with a row more for "no label".
+    """
+
+    no_label = NUM_CLASSES
+
+    def __init__(self) -> None:
+        super().__init__()
+        from diffusers import UNet2DModel
+
+        self.unet = UNet2DModel(
+            sample_size=28,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            num_class_embeds=NUM_CLASSES + 1,
+        )
+
+    def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor) -> Tensor:
+        return self.unet(x_t, t, labels).sample
+
+
+def course_recipe(network: Callable[[], nn.Module]) -> Contender:
+    """Unit 2 of the Hugging Face diffusion course, with labels."""
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    model = network()
     schedule = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
     noising = DDPMScheduler(**schedule)
 
     def loss(x_0: Tensor, labels: Tensor) -> Tensor:
         t, noise = torch.randint(1000, (len(x_0),)), torch.randn_like(x_0)
-        return F.mse_loss(model(noising.add_noise(x_0, noise, t), t, labels).sample, noise)
+        return F.mse_loss(model(noising.add_noise(x_0, noise, t), t, labels), noise)
 
     def draw(ema: nn.Module, labels: Tensor) -> Tensor:
         sampler = DDIMScheduler(**schedule, timestep_spacing="trailing")
         sampler.set_timesteps(NUM_STEPS)
         x_t = torch.randn(len(labels), 1, 28, 28)
-        for t in sampler.timesteps:
-            noise_pred = ema(x_t, t, labels).sample
+        for t in sampler.timesteps.tolist():
             # With noise that fits the clipped x_0, as in the course's DDPMScheduler.
-            step = sampler.step(noise_pred, t, x_t, eta=1.0, use_clipped_model_output=True)
-            x_t = step.prev_sample
+            fits = {"eta": 1.0, "use_clipped_model_output": True}
+            x_t = sampler.step(ema(x_t, t, labels), t, x_t, **fits).prev_sample
         return x_t
 
     optimizers = [torch.optim.Adam(model.parameters(), lr=1e-3)]
@@ -178,15 +202,20 @@ def denoising_diffusion_pytorch() -> Contender:
     return Contender(model, optimizers, 16, forgetful(0.995), loss, draw)
 
 
+partial = functools.partial
 CONTENDERS: dict[str, Callable[[], Contender]] = {
-    "this repository": ours,
-    "diffusers, course network": diffusers,
+    "this repository": partial(our_recipe, our_network),
+    "diffusers course": partial(course_recipe, CourseNetwork),
+    "course network, our recipe": partial(our_recipe, CourseNetwork),
+    "our network, course recipe": partial(course_recipe, our_network),
     "smalldiffusion": smalldiffusion,
     "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
     # To compare choices by.
-    "this repository, Adam alone": functools.partial(ours, "adam"),
-    "this repository, independent timesteps": functools.partial(ours, spread=False),
-    "this repository, guided everywhere": functools.partial(ours, guidance=0.1, interval=(0, 1)),
+    "this repository, Adam alone": partial(our_recipe, our_network, "adam"),
+    "this repository, independent timesteps": partial(our_recipe, our_network, spread=False),
+    "this repository, guided everywhere": partial(
+        our_recipe, our_network, guidance=0.1, interval=(0, 1)
+    ),
 }
 
 
@@ -241,17 +270,16 @@ def draw(contender: Contender, ema: nn.Module, labels: Tensor, seed: int = 0) ->
 
 
 def draw_picture(path: Path, rows: list[dict[str, Any]], digits: dict[str, Tensor]) -> None:
-    """Distance over minutes, and ten digits of each contender beside real ones."""
-    figure = Figure(figsize=(13, 3.6), layout="constrained")
+    """The share of digits as asked over minutes, and ten digits of each beside real ones."""
+    figure = Figure(figsize=(13, 4.4), layout="constrained")
     curves, pictures = figure.subplots(1, 2, width_ratios=[1, 1.2])
     for name in dict.fromkeys(row["name"] for row in rows):
         mine = [row for row in rows if row["name"] == name]
-        distances = [row["over_floor"]["mean"] for row in mine]
-        curves.plot([row["minutes"] for row in mine], distances, marker="o", label=name)
-    curves.axhline(1, color="gray", linestyle=":")
-    curves.set(xlabel="minutes of training", yscale="log", ylim=(0.8, None))
-    curves.set(title="Frechet distance to real digits (1: as near as other real ones)")
-    curves.legend()
+        shares = [100 * row["as_asked"]["mean"] for row in mine]
+        curves.plot([row["minutes"] for row in mine], shares, marker="o", label=name)
+    curves.set(xlabel="minutes of training", ylabel="%", ylim=(0, 101))
+    curves.set_title("digits that a classifier takes for what was asked")
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     images = torch.cat(list(digits.values()))
     grid = make_grid(images, nrow=10, padding=2, pad_value=64)
     pictures.imshow(grid.permute(1, 2, 0).numpy())
@@ -270,9 +298,10 @@ def main() -> None:
     add("--num-samples", type=int, default=1000, help="digits to judge by (%(default)s)")
     add("--draws", type=int, default=3, help="of so many digits (%(default)s)")
     add("--choose", action="store_true", help="train and judge by training images: see quality.py")
-    everyone, others = list(CONTENDERS), list(CONTENDERS)[:4]
-    add("--contenders", nargs="+", choices=everyone, default=others, help="(the first four)")
+    everyone, others = list(CONTENDERS), list(CONTENDERS)[:6]
+    add("--contenders", nargs="+", choices=everyone, default=others, help="(the first six)")
     add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
+    add("--keep", type=Path, help="a folder for what is done, and to go on from")
     add("--picture", type=Path, help="a .png to draw")
     args = parser.parse_args()
     minutes = sorted(args.minutes)
@@ -285,16 +314,26 @@ def main() -> None:
     first = [int((test_labels == digit).nonzero()[0]) for digit in range(NUM_CLASSES)]
     rows, digits = [], {"real digits": test_images[first]}
     for name in args.contenders:
-        torch.manual_seed(args.seed)
-        contender = CONTENDERS[name]()
-        for minute, (ema, seen) in zip(minutes, race(contender, *train_on, minutes)):
-            started = time.perf_counter()
-            seeds = range(args.draws)
-            figures = judge([draw(contender, ema, labels, seed) for seed in seeds], labels)
-            figures["sampling_and_judging_seconds"] = round(time.perf_counter() - started)
-            rows.append({"name": name, "minutes": minute, "images": seen, **figures})
-            print(json.dumps(rows[-1]), flush=True)
-        digits[name] = draw(contender, ema, torch.arange(NUM_CLASSES))
+        kept = args.keep / f"{name}.pt" if args.keep else None
+        if kept and kept.exists():
+            done = torch.load(kept, weights_only=True)
+        else:
+            torch.manual_seed(args.seed)
+            contender, done = CONTENDERS[name](), {"rows": []}
+            for minute, (ema, seen) in zip(minutes, race(contender, *train_on, minutes)):
+                started = time.perf_counter()
+                seeds = range(args.draws)
+                figures = judge([draw(contender, ema, labels, seed) for seed in seeds], labels)
+                figures["sampling_and_judging_seconds"] = round(time.perf_counter() - started)
+                done["rows"].append({"name": name, "minutes": minute, "images": seen, **figures})
+            done["digits"] = draw(contender, ema, torch.arange(NUM_CLASSES))
+            if kept:
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                torch.save(done, kept)
+        for row in done["rows"]:
+            print(json.dumps(row), flush=True)
+        rows += done["rows"]
+        digits[name] = done["digits"]
     if args.picture:
         draw_picture(args.picture, rows, digits)
     print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads()}))

@@ -105,7 +105,7 @@ def main() -> None:
     add = parser.add_argument
     everyone, (ours, *_) = list(CONTENDERS), CONTENDERS
     add("--rounds", type=int, default=5, help="rounds over all contenders (%(default)s)")
-    add("--contenders", nargs="+", choices=everyone, default=everyone[:5], help="(the first five)")
+    add("--contenders", nargs="+", choices=everyone, default=everyone[:6], help="(the first six)")
     add("--memory-of", choices=everyone, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
