@@ -30,9 +30,10 @@ variance of 1 stays 1, since alpha_t + beta_t = 1:
 
 Conventions. Timesteps count from 0; the papers count from 1. x_t at t = 0 has been noised once. At
 t = T - 1 next to nothing is left of the image. t = -1 stands for the clean image, with
-alpha-bar_{-1} = 1. x_0 is always the clean image, as in the papers, and x_0_pred a guess at it. The
-pure noise that sampling starts from is called x_T, and taken for x_t at t = T - 1. Pixels lie in
-[-1, 1]. Every method of the scheduler takes the image first, then t.
+alpha-bar_{-1} = 1. x_0 is always the clean image, as in the papers, and x_0_pred a guess at it. x_T
+is the pure noise that sampling starts from; it serves as x_t at t = T - 1. N(mean, variance) is a
+normal distribution. Images are [B, C, H, W]: batch, channels, height, width; pixels lie in [-1, 1].
+Every method of the scheduler takes the image first, then t.
 
 Papers, as cited below; docs/derivations.md has the proofs:
 
@@ -86,7 +87,7 @@ class NoiseScheduler(nn.Module):
     """How much noise an image holds at every timestep, how to add it, how to take one step back.
 
     It has nothing to learn. It is an `nn.Module` so that `.to(device)` moves its tables, float32
-    [T]. They are computed in float64: near t = 0 float32 would lose a thousandth of 1 - alpha-bar.
+    [T]. They are computed in float64: in float32 1 - alpha-bar would be 0.1 % off near t = 0.
 
     Args:
         num_timesteps: T, at least 2.
@@ -118,7 +119,7 @@ class NoiseScheduler(nn.Module):
         alphas = 1 - betas
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-        # Sampling starts there from noise without an image. (Cosine, T = 1000: 2.4e-9 is left.)
+        # Sampling starts at T - 1 from noise alone. (Cosine, T = 1000: alpha-bar is 2.4e-9 there.)
         assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
         noise_share = 1 - alphas_cumprod
         tables = {
@@ -146,9 +147,10 @@ class NoiseScheduler(nn.Module):
             q(x_t | x_0) = N(sqrt(alpha-bar_t) x_0, (1 - alpha-bar_t) I), that is
             x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
 
-        All the small steps up to t make one large one, so training may visit any t directly. For
-        two steps: the second scales the first one's variance, 1 - alpha_{t-1}, by alpha_t and adds
-        1 - alpha_t. That makes 1 - alpha_t alpha_{t-1}. Every further step is one more factor.
+        All the small steps up to t make one large one, so training may visit any t directly. Take
+        two steps. The first adds noise of variance 1 - alpha_{t-1}. The second scales that by
+        alpha_t and adds 1 - alpha_t: 1 - alpha_t alpha_{t-1} in all, since variances of independent
+        noises add up. Every further step is one more factor.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -168,9 +170,9 @@ class NoiseScheduler(nn.Module):
 
             x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
 
-        With the network's noise this is a blurred image. Many images fit a noisy x_t. The squared
-        error has taught the network the mean of all noises that fit, since the mean has the least
-        squared error. That leaves the mean of all images that fit.
+        With the network's noise this is a blurred image, the mean of the many images that fit x_t.
+        For the network was trained by the squared error. A mean has the least, so the network
+        predicts the mean of all noises that fit.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -194,10 +196,11 @@ class NoiseScheduler(nn.Module):
         variance is 0. Nothing calls this but the tests: it is here to explain `step`, which is the
         same Gaussian in another form and jumps over timesteps too.
 
-        Sampling does not know x_0 and puts the predicted one in its place, the mean of all images
-        that fit x_t. Then the mean above is still exact, since it is linear in x_0. The variance
-        is too small: it lacks what the images that fit differ by. In a small step that is little,
-        hence many small steps (docs/derivations.md, section 3, has how little).
+        Sampling does not know x_0. It uses the predicted one, the mean of all images that fit x_t.
+        Then the mean above is still right, that of q(x_{t-1} | x_t), since it is linear in x_0.
+        (This is why the network learns by the squared error.) The variance is too small: it ignores
+        that the images that fit differ. A small step lacks little, hence many small steps
+        (docs/derivations.md, section 3: how little).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -228,11 +231,12 @@ class NoiseScheduler(nn.Module):
         similar results: section 3.2.) eta = 0 adds no fresh noise, so the starting noise alone
         decides the image. That is what most people mean by DDIM.
 
-        t_prev may lie many timesteps back. Training used q(x_t | x_0) alone, never the chain. So
-        every step is allowed that leaves x_{t_prev} with the right amount of noise. This one does,
-        for every eta: the squares of its two noise factors add up to 1 - alpha-bar_prev
-        (docs/derivations.md, section 6). The last t_prev is -1. There alpha-bar_prev is 1 and
-        sigma is 0, so x_0_pred is the result.
+        t_prev may lie many timesteps back. Training used q(x_t | x_0) alone, never the chain, so a
+        step need only leave x_{t_prev} with the right amount of image and noise. If x_0_pred is
+        right, this one does, for every eta: the squares of its two noise factors add up to
+        1 - alpha-bar_prev (docs/derivations.md, section 6). A longer jump lacks more variance, as
+        in `posterior`. The last t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred
+        is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -241,8 +245,8 @@ class NoiseScheduler(nn.Module):
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, the fresh noise, shaped like x_t; drawn if not given.
-            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does. noise_pred
-                becomes what makes up x_t together with it (`predict_noise`).
+            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does. noise_pred is
+                recomputed (`predict_noise`), so that the two still make up x_t.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -252,9 +256,9 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"t_prev must lie in -1 ... t - 1, not at {t_prev} for t = {t}")
 
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
-        if clamp:  # at t = 999 an error of noise_pred has just been divided by 5e-5
+        if clamp:  # vital where the layers of a network put out the noise itself, see `UNet`
             x_0_pred = x_0_pred.clamp(-1, 1)
-            noise_pred = self.predict_noise(x_t, t, x_0_pred)  # so that the two still make up x_t
+            noise_pred = self.predict_noise(x_t, t, x_0_pred)
         if noise is None:
             noise = torch.randn_like(x_t)
 
@@ -262,7 +266,7 @@ class NoiseScheduler(nn.Module):
         noise_std = look_up(self.sqrt_one_minus_alphas_cumprod, t)
         signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # its entry 0 is t = -1
         noise_std_prev = look_up(self.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1)
-        # DDIM eq. 16. Near t = 0 float32 loses a thousandth of sigma here, where sigma is tiny.
+        # DDIM eq. 16. Near t = 0 float32 is 0.1 % off here, where sigma is tiny.
         sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()
         old_noise = (noise_std_prev**2 - sigma**2).clamp(min=0).sqrt()  # rounding may leave -1e-8
         return signal_prev * x_0_pred + old_noise * noise_pred + sigma * noise
@@ -271,9 +275,9 @@ class NoiseScheduler(nn.Module):
 def look_up(table: Tensor, t: Tensor | int) -> Tensor:
     """`table[t]`, shaped to multiply a batch of images: [T], [B] -> [B, 1, 1, 1].
 
-    `gather` and not `table[t]`, which would take t = -1, a slip by one, for the last entry.
+    `gather` refuses t = -1, a slip by one. `table[t]` would take it for the last entry.
     """
-    if isinstance(t, int):  # without a copy of it to the device
+    if isinstance(t, int):  # no copy to the device; a slip is an error here too
         return table.narrow(0, t if t >= 0 else len(table), 1).reshape(1, 1, 1, 1)
     return table.gather(0, t.reshape(-1)).reshape(-1, 1, 1, 1)
 
@@ -288,7 +292,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
         w_i = 10000^(-i / (dim / 2)),  k = dim / 2 - 1
 
     Like the hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from
-    late. In one number between 0 and 999 the next timestep would hardly differ.
+    late. As plain numbers up to 999, neighbors would hardly differ.
 
     int64 [B] -> [B, dim] in PyTorch's default dtype, float32; dim is a positive even number.
     """
@@ -375,7 +379,7 @@ class UNet(nn.Module):
     """eps_theta(x_t, t): predicts the noise in a noisy image (DDPM, section 3.2, appendix B).
 
     Down to a coarse view of the image, where a few layers see all of it, and up again. Skip
-    connections hand the detail across: the coarse view has lost single pixels, and noise is there.
+    connections hand the detail across: noise is in single pixels, which the coarse view has lost.
 
         x_t    [B, 1, 28, 28]
           fold 2x2 pixels into channels    [B, 4, 14, 14] (pixel_unshuffle)
@@ -392,7 +396,7 @@ class UNet(nn.Module):
 
     v-prediction (Salimans, Ho 2022, section 4). If the layers put out the noise, `predict_x0` would
     divide their error by sqrt(alpha-bar_t), which is 5e-5 at t = 999: x_0_pred would be noise. So
-    they put out v_theta, a guess at another mixture of the same two, and the noise follows:
+    they put out v_theta, a guess at another mixture of noise and image. The noise follows:
 
         v                   = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0
         eps_theta(x_t, t)   = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
@@ -400,13 +404,13 @@ class UNet(nn.Module):
     Put this into `predict_x0`, and the division cancels out: x_0_pred is sqrt(alpha-bar_t) x_t -
     sqrt(1 - alpha-bar_t) v_theta, an image at t = 999 too. The loss is still that of the noise.
 
-    v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi,
-    and following it from pure noise to phi = 0 draws an image, as in flow matching
+    v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi.
+    Steps against it, from pure noise to phi = 0, draw an image. Flow matching does so too
     (docs/derivations.md, section 8).
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from
-    this sensible guess, and no random layer disturbs it. (It is the right answer if x_0 itself is
-    from N(0, I): eps and x_t have variance 1 each and covariance sqrt(1 - alpha-bar_t).)
+    this sensible guess, and no random layer disturbs it. (It is the best guess if x_0 itself is
+    from N(0, I): the factor is the covariance of eps and x_t, whose variances are 1.)
 
     With num_classes, every class has a vector that is added to the embedding of the time. One more
     row of the table, `no_label`, stands for "no label".

@@ -58,9 +58,9 @@ def draw_timesteps(
 ) -> Tensor:
     """Timesteps for a batch, evenly spread from a random start: int64 [B], in 0 ... T - 1.
 
-    Each is uniform, as in DDPM, which draws them independently. This is the low-discrepancy sampler
-    (Kingma et al. 2021, arXiv:2107.00630, appendix I.1). Every batch has all amounts of noise, so
-    its loss and its gradient vary less.
+    So every batch has all amounts of noise, and its loss and its gradient vary less (the
+    low-discrepancy sampler of Kingma et al. 2021, arXiv:2107.00630, appendix I.1). Each timestep is
+    uniform, as in DDPM, but they are not independent.
     """
     T, B, device = scheduler.num_timesteps, len(images), images.device
     start = torch.randint(T, (1,), generator=generator, device=device)
@@ -77,8 +77,9 @@ def training_loss(
 ) -> Tensor:
     """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
-    This is DDPM's Algorithm 1 up to its gradient step. docs/derivations.md says why the error is
-    squared, and why it is that of the noise.
+    This is DDPM's Algorithm 1 up to its gradient step. The squared error teaches the network a
+    mean, which a step back needs (`NoiseScheduler.posterior`). docs/derivations.md, section 4,
+    comes to it from the likelihood, and section 5 says why it is the error of the noise.
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -95,7 +96,7 @@ def training_loss(
 
 @dataclass
 class Learner:
-    """What a training step changes. `state` is its part of a checkpoint."""
+    """What a training step changes. `state` is what a checkpoint keeps of it."""
 
     model: UNet
     ema: UNet  # an average of the weights, smoother than the latest ones: it draws
@@ -165,7 +166,7 @@ def training_step(
 
 SAMPLE_STEPS = 25  # timesteps that sampling visits, of T
 GUIDANCE = 0.5  # strength of classifier-free guidance
-GUIDANCE_INTERVAL = (0.2, 0.8)  # and the alpha-bar_t between which it is used
+GUIDANCE_INTERVAL = (0.2, 0.8)  # it is used while alpha-bar_t is between these
 NUM_SAMPLES = 100  # images to draw if nobody says how many; a grid has full rows
 
 
@@ -184,9 +185,9 @@ def guided_noise(
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. Taking out their difference moves x_t to where its label is more probable,
-    by Bayes' rule (docs/derivations.md, section 7). Images get clearer, and more alike. A guided
-    step costs twice as much.
+    drops some labels. To remove w times their difference, too, makes the label of x_t more
+    probable, by Bayes' rule (docs/derivations.md, section 7). Images get clearer, and more alike. A
+    guided step costs twice as much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -212,8 +213,8 @@ def denoise(
 
     With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp of
     x_0_pred. Fewer steps are longer jumps by DDIM's formula; `NoiseScheduler.step` says why these
-    are allowed. A jump loses some of the variance. With 25 steps that is little: a hundred draw
-    hardly better digits (benchmarks/RESULTS.md).
+    are allowed, and what they lack. With 25 steps that is little: a hundred draw digits that are
+    hardly better (benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -222,8 +223,8 @@ def denoise(
         eta: share of DDPM's fresh noise in each step, 0 to 1.
         guidance: w of `guided_noise`.
         generator: for the fresh noise.
-        guidance_interval: guidance is used where alpha-bar_t lies between these. At more noise it
-            costs variety, at less it changes little (Kynkaanniemi et al. 2024, arXiv:2404.07724).
+        guidance_interval: guidance is used where alpha-bar_t lies between these. Below, in noise,
+            it costs variety; above, it changes little (Kynkaanniemi et al. 2024, arXiv:2404.07724).
             (0, 1) guides always.
 
     Yields:
@@ -231,13 +232,13 @@ def denoise(
     """
     timesteps = sampling_timesteps(scheduler.num_timesteps, num_steps)
     low, high = guidance_interval
-    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # at once: every look waits for a GPU
+    alphas_cumprod = scheduler.alphas_cumprod.tolist()  # once: each read waits for the GPU
     x_t = x_T
     for t, t_prev in zip(timesteps, [*timesteps[1:], -1]):
         w = guidance if low <= alphas_cumprod[t] <= high else 0
         noise_pred = guided_noise(model, x_t, t, labels, w)
         yield t, x_t, scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
-        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)  # at last times 0
+        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)  # last: times 0
         x_t = scheduler.step(x_t, t, noise_pred, t_prev, eta, noise)
     yield -1, x_t, x_t
 
@@ -311,7 +312,7 @@ def build_model(
 
 WARMUP_STEPS = 200  # training steps in which the learning rate rises
 CHECK_EVERY = 20  # training steps between two looks at the loss; each makes the CPU wait for a GPU
-SAVE_EVERY = 300  # seconds between checkpoints within an epoch: about so much a killed run loses
+SAVE_EVERY = 300  # seconds between checkpoints within an epoch; a killed run loses up to that
 
 
 @torch.enable_grad()
@@ -362,7 +363,7 @@ def train(args: argparse.Namespace, device: torch.device, interruption: Interrup
         draw_forward_process(folder / "forward_process.png", scheduler, few, args.seed)
         run.say_what_comes(device)
 
-    # Train. (A run that was killed before it looked at a complete epoch has that still to do.)
+    # Train. (A run that was killed after an epoch, but before its `look`, still has to look.)
     while run.epoch_is_complete or not run.is_over:
         draws = generator_for(f"epoch {run.epoch}", args.seed)
         order = torch.randperm(len(data.images), generator=draws).to(device)

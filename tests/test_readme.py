@@ -67,7 +67,7 @@ def test_readme_and_help_name_the_same_options():
     assert f"The default is $w = {default('guidance')}$, and only while" in text
     assert f"lies between {low} and {high}." in text
     assert f"Why do {default('sample_steps')} steps do?" in text
-    assert f"$x_t$ at $t = {default('timesteps') - 1}$ is pure noise" in text
+    assert f"$x_t$ at $t = {default('timesteps') - 1}$ is almost pure noise" in text
     size = sum(weight.numel() for weight in program.load_model()[0].parameters())
     assert f"This one has {size:,} parameters" in text
 
