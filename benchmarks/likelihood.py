@@ -84,20 +84,22 @@ def count_bits(
     rounds: int,
     deviation: float,
 ) -> tuple[dict[str, object], Tensor]:
-    """The bound's three parts and their sum; and the bits of each t, the last step's at t = 0."""
+    """The bound's three parts and their sum; and the bits of each t, the last step's at t = 0.
+
+    There must be an image for each t > 0, T - 1 in all.
+    """
     T = scheduler.num_timesteps
-    errors, count = torch.zeros(2, T, dtype=torch.float64)
-    sums, weights = [], step_weights(scheduler) / math.log(2)
+    by_round, weights = [], step_weights(scheduler) / math.log(2)
     for i in range(rounds):
         t = 1 + (torch.arange(len(images)) + i * T // rounds) % (T - 1)
         losses = losses_of(model, scheduler, images, labels, t).double()
-        sums.append((T - 1) * (weights[t] * losses).mean().item())
-        errors.index_add_(0, t, losses)
-        count.index_add_(0, t, torch.ones_like(losses))
-    bits_by_t = weights * errors / count.clamp(min=1)
-    bits_by_t[0] = last_step(model, scheduler, images, labels, deviation)
-    parts = {"steps": sum(sums) / rounds, "last": bits_by_t[0].item()}
-    parts["start"] = start(scheduler, images)
+        errors = torch.zeros(T, dtype=torch.float64).index_add(0, t, losses)
+        by_round.append(weights * errors / t.bincount(minlength=T).clamp(min=1))  # a mean by t
+    sums = [bits.sum().item() for bits in by_round]
+    bits_by_t = torch.stack(by_round).mean(dim=0)
+    parts = {"steps": bits_by_t.sum().item(), "start": start(scheduler, images)}
+    parts["last"] = last_step(model, scheduler, images, labels, deviation)
+    bits_by_t[0] = parts["last"]
     figures = {"total": sum(parts.values()), **parts, "low": min(sums), "high": max(sums)}
     return {**figures, "deviation": deviation}, bits_by_t
 
@@ -115,8 +117,11 @@ def read(
             guess = torch.full_like(labels, digit)
             columns.append(losses_of(model, scheduler, images, guess, same))
         at[t] = torch.stack(columns, dim=1)
-    answers = {n: torch.stack([at[t] for t in ts]).sum(0).argmin(1) for n, ts in READ_AT.items()}
-    return {n: (answer == labels).float().mean().item() for n, answer in answers.items()}
+    right = {}
+    for count, timesteps in READ_AT.items():
+        answers = torch.stack([at[t] for t in timesteps]).sum(dim=0).argmin(dim=1)
+        right[count] = (answers == labels).float().mean().item()
+    return right
 
 
 def draw_bits(path: Path, bits_by_t: Tensor) -> None:

@@ -8,8 +8,8 @@ memory, for the largest number of minutes; the weights are kept at each of --min
 counts: the clock stands still while weights are kept, and judging comes after the race. Each draws
 --num-samples digits with its averaged weights and its own sampler in 25 steps, and quality.py
 judges --draws of them for each. Two of the six show whether it is the network or the recipe: the
-course's network by our recipe, and ours by the course's. What is in --keep is not raced again, so
-that a race may be broken off between two contenders; delete the folder to race anew.
+course's network by our recipe, and ours by the course's. (v-prediction counts as part of ours.)
+What is in --keep is not raced again, so a race may be broken off between two contenders.
 
 In favor of the others: each gets an average of its weights that forgets its random start, the label
 to train and to draw with, and a batch that fits minutes on a CPU (smalldiffusion's own is 1024). In
@@ -34,7 +34,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from quality import NUM_CLASSES, Judge, load_classifier, mnist, proportional_labels, roles
+from quality import NUM_CLASSES, Judge, Roles, load_classifier, mnist, proportional_labels, roles
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.utils import make_grid
@@ -42,6 +42,7 @@ from torchvision.utils import make_grid
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
 from support.devices import images_together
+from support.files import write_file
 from support.optimizers import LEARNING_RATES, ema_decay, make_optimizers
 
 NUM_STEPS = train_diffusion.SAMPLE_STEPS  # of every sampler
@@ -135,7 +136,7 @@ class CourseNetwork(nn.Module):
 
 
 def course_recipe(network: Callable[[], nn.Module]) -> Contender:
-    """Unit 2 of the Hugging Face diffusion course, with labels."""
+    """Unit 2 of the Hugging Face diffusion course, but for the way in which the label goes in."""
     from diffusers import DDIMScheduler, DDPMScheduler
 
     model = network()
@@ -210,7 +211,8 @@ CONTENDERS: dict[str, Callable[[], Contender]] = {
     "our network, course recipe": partial(course_recipe, our_network),
     "smalldiffusion": smalldiffusion,
     "denoising-diffusion-pytorch": denoising_diffusion_pytorch,
-    # To compare choices by.
+}
+VARIANTS: dict[str, Callable[[], Contender]] = {  # to compare choices by
     "this repository, Adam alone": partial(our_recipe, our_network, "adam"),
     "this repository, independent timesteps": partial(our_recipe, our_network, spread=False),
     "this repository, guided everywhere": partial(
@@ -289,6 +291,36 @@ def draw_picture(path: Path, rows: list[dict[str, Any]], digits: dict[str, Tenso
     figure.savefig(path, dpi=120)
 
 
+def kept_or_raced(
+    name: str, args: argparse.Namespace, images: Roles, judge: Judge
+) -> dict[str, Any]:
+    """One contender's rows and ten digits: from --keep if they are there, else raced for."""
+    settings = {
+        key: getattr(args, key) for key in ("minutes", "num_samples", "draws", "choose", "seed")
+    }
+    path = args.keep / f"{name}.pt" if args.keep else None
+    if path and path.exists():
+        done = torch.load(path, weights_only=True)
+        if done["settings"] != settings:
+            raise SystemExit(f"race.py: error: {path} is of another race: {done['settings']}")
+        return done
+
+    torch.manual_seed(args.seed)
+    contender = (CONTENDERS | VARIANTS)[name]()
+    labels = proportional_labels(args.num_samples, mnist()[0][1])
+    done = {"settings": settings, "rows": []}
+    train_on = images.trained_on, images.trained_on_labels
+    for minutes, (ema, seen) in zip(args.minutes, race(contender, *train_on, args.minutes)):
+        samples = [draw(contender, ema, labels, seed) for seed in range(args.draws)]
+        row = {"name": name, "minutes": minutes, "images": seen, **judge(samples, labels)}
+        done["rows"].append(row)
+    done["digits"] = draw(contender, ema, torch.arange(NUM_CLASSES))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda file: torch.save(done, file))
+    return done
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -298,38 +330,21 @@ def main() -> None:
     add("--num-samples", type=int, default=1000, help="digits to judge by (%(default)s)")
     add("--draws", type=int, default=3, help="of so many digits (%(default)s)")
     add("--choose", action="store_true", help="train and judge by training images: see quality.py")
-    everyone, others = list(CONTENDERS), list(CONTENDERS)[:6]
-    add("--contenders", nargs="+", choices=everyone, default=others, help="(the first six)")
+    everyone, usual = [*CONTENDERS, *VARIANTS], list(CONTENDERS)
+    add("--contenders", nargs="+", choices=everyone, default=usual, help="(no variants)")
     add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     add("--keep", type=Path, help="a folder for what is done, and to go on from")
     add("--picture", type=Path, help="a .png to draw")
     args = parser.parse_args()
-    minutes = sorted(args.minutes)
+    args.minutes.sort()
 
     images = roles(args.choose)
-    train_on = images.trained_on, images.trained_on_labels
     judge = Judge(load_classifier(), images)
-    labels = proportional_labels(args.num_samples, mnist()[0][1])
     test_images, test_labels = mnist()[1]
     first = [int((test_labels == digit).nonzero()[0]) for digit in range(NUM_CLASSES)]
     rows, digits = [], {"real digits": test_images[first]}
     for name in args.contenders:
-        kept = args.keep / f"{name}.pt" if args.keep else None
-        if kept and kept.exists():
-            done = torch.load(kept, weights_only=True)
-        else:
-            torch.manual_seed(args.seed)
-            contender, done = CONTENDERS[name](), {"rows": []}
-            for minute, (ema, seen) in zip(minutes, race(contender, *train_on, minutes)):
-                started = time.perf_counter()
-                seeds = range(args.draws)
-                figures = judge([draw(contender, ema, labels, seed) for seed in seeds], labels)
-                figures["sampling_and_judging_seconds"] = round(time.perf_counter() - started)
-                done["rows"].append({"name": name, "minutes": minute, "images": seen, **figures})
-            done["digits"] = draw(contender, ema, torch.arange(NUM_CLASSES))
-            if kept:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                torch.save(done, kept)
+        done = kept_or_raced(name, args, images, judge)
         for row in done["rows"]:
             print(json.dumps(row), flush=True)
         rows += done["rows"]

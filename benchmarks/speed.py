@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import torch
 from quality import NUM_CLASSES, mnist
-from race import CONTENDERS, Contender, training
+from race import CONTENDERS, VARIANTS, Contender, training
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +39,7 @@ def peak_memory(name: str) -> int | None:
 
 
 def print_peak_memory(name: str) -> None:
-    steps = training(CONTENDERS[name](), *mnist()[0])
+    steps = training((CONTENDERS | VARIANTS)[name](), *mnist()[0])
     for _ in range(3):
         next(steps)
     peak = None
@@ -103,9 +103,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    everyone, (ours, *_) = list(CONTENDERS), CONTENDERS
+    everyone, ours = [*CONTENDERS, *VARIANTS], "this repository"
     add("--rounds", type=int, default=5, help="rounds over all contenders (%(default)s)")
-    add("--contenders", nargs="+", choices=everyone, default=everyone[:6], help="(the first six)")
+    add("--contenders", nargs="+", choices=everyone, default=list(CONTENDERS), help="(no variants)")
     add("--memory-of", choices=everyone, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
@@ -115,7 +115,7 @@ def main() -> None:
     names = list(dict.fromkeys([ours, *args.contenders]))
     memory = {name: peak_memory(name) for name in names}
     torch.manual_seed(0)
-    contenders = {name: CONTENDERS[name]() for name in names}
+    contenders = {name: (CONTENDERS | VARIANTS)[name]() for name in names}
     steps = {name: training(contender, *mnist()[0]) for name, contender in contenders.items()}
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds + 1):

@@ -21,6 +21,7 @@ from test_scheduler import (
     EVERY_T,
     NOISE,
     NOISE_PRED,
+    POSTERIOR_VARIANCE,
     X_0,
     X_T,
     T,
@@ -56,7 +57,7 @@ def call(function: Callable[..., Any], *arguments: Any, hint: str, **named: Any)
 
 
 def compare(name: str, actual: object, expected: Tensor, hint: str) -> None:
-    """Fail with a sentence for a learner unless both are the same; the first index is t."""
+    """Fail with a sentence for a learner unless both are the same. Most have image i at t = i."""
     if not isinstance(actual, Tensor):
         fail(f"{name} is of type {type(actual).__name__}, not a tensor.", "is there a return?")
     if actual.shape != expected.shape:
@@ -68,7 +69,7 @@ def compare(name: str, actual: object, expected: Tensor, hint: str) -> None:
         at = tuple(int(i) for i in torch.unravel_index(differences.argmax(), wrong.shape))
         values = f"{actual[at].item():.6g}, and should be {expected[at].item():.6g}"
         share = f"{int(wrong.sum())} of {wrong.numel()} values are wrong"
-        fail(f"{name} is {values}, at t = {at[0]} ({share}).", hint)
+        fail(f"{name} is {values}, for image {at[0]} ({share}).", hint)
 
 
 def two(name: str, result: object) -> tuple[Any, Any]:
@@ -81,10 +82,10 @@ def compare_with_normal(name: str, noise: object) -> None:
     """Whether a tensor of thousands of numbers looks like draws from N(0, 1)."""
     if not isinstance(noise, Tensor):
         fail(f"{name} is of type {type(noise).__name__}.", "draw it if it is not given.")
-    mean, deviation = noise.mean().item(), noise.std().item()
-    if abs(mean) > 0.1 or abs(deviation - 1) > 0.1:
-        values = f"the mean {mean:.2f} and the deviation {deviation:.2f}, not 0 and 1"
-        fail(f"{name} has {values}.", "it comes from N(0, I).")
+    mean, deviation, fourth = (x.item() for x in (noise.mean(), noise.std(), (noise**4).mean()))
+    if not (abs(mean) < 0.1 and abs(deviation - 1) < 0.1 and abs(fourth - 3) < 0.8):
+        values = f"the mean {mean:.2f} and the deviation {deviation:.2f}"
+        fail(f"{name} is not from N(0, I): it has {values}.", "torch.randn draws from it.")
 
 
 def test_exercise_1_cosine_betas() -> None:
@@ -165,10 +166,10 @@ def test_exercise_5_step() -> None:
     hint = "without t_prev it goes to t - 1, and without noise it draws its own."
     result = call(step, X_T, 500, 0 * X_T, hint=hint)
     without = call(step, X_T, 500, 0 * X_T, 499, noise=0 * X_T, hint=hint)
-    if isinstance(result, Tensor):
-        compare_with_normal(
-            "the noise that step draws", (result - without) / (result - without).std()
-        )
+    if not isinstance(result, Tensor):
+        fail(f"step returns a {type(result).__name__}.", "is there a return?")
+    noise = (result - without) / POSTERIOR_VARIANCE[500].sqrt()
+    compare_with_normal("the noise that step draws", noise)
     jump = NoiseScheduler(T).step
     hint = "rounding may leave -1e-8 under a root: clamp it to 0."
     result = call(jump, X_T.float(), 999, NOISE_PRED.float(), 665, noise=Z.float(), hint=hint)
@@ -192,9 +193,13 @@ def test_exercise_6_training_loss() -> None:
     if not losses.requires_grad:
         fail("the loss has no gradient.", "the network must learn from it: no torch.no_grad().")
     hint = "t that is not given comes from draw_timesteps, noise from add_noise."
+    torch.manual_seed(0)
     losses = call(training_loss, model, scheduler, X_0, hint=hint)
-    if not (isinstance(losses, Tensor) and losses.shape == (T,) and losses.isfinite().all()):
-        fail("training_loss without labels, t and noise is no loss for each image.", hint)
+    torch.manual_seed(0)
+    t = train_diffusion.draw_timesteps(scheduler, X_0)
+    x_t, noise = scheduler.add_noise(X_0, t)
+    expected = (noise - model(x_t, t, None)).square().mean(dim=(1, 2, 3)).detach()
+    compare("training_loss without labels, t and noise", losses, expected, hint)
 
 
 class Labeled(torch.nn.Module):
@@ -343,18 +348,26 @@ def test_a_mistake_is_named(number, wrong, said, monkeypatch):
         check()
 
 
-def draws_from(distribution):
-    def add_noise(scheduler, x_0, t, noise=None):
-        return add_noise_itself(scheduler, x_0, t, distribution(x_0) if noise is None else noise)
-
-    add_noise_itself = NoiseScheduler.add_noise
-    return add_noise
+def uniform(image):
+    return (2 * torch.rand_like(image) - 1) * math.sqrt(3)
 
 
-@pytest.mark.parametrize("distribution", [torch.rand_like, torch.zeros_like])
-def test_noise_from_another_distribution_is_noticed(distribution, monkeypatch):
-    monkeypatch.setattr(NoiseScheduler, "add_noise", draws_from(distribution))
-    with pytest.raises(Failed, match="comes from N"):
+@pytest.mark.parametrize("draw", [torch.rand_like, torch.zeros_like, uniform, lambda x: x / 0])
+def test_noise_from_another_distribution_is_noticed(draw, monkeypatch):
+    add_noise, step = NoiseScheduler.add_noise, NoiseScheduler.step
+
+    def other_add_noise(scheduler, x_0, t, noise=None):
+        return add_noise(scheduler, x_0, t, draw(x_0) if noise is None else noise)
+
+    def other_step(scheduler, x_t, t, noise_pred, t_prev=None, eta=1.0, noise=None, clamp=True):
+        noise = draw(x_t) if noise is None else noise
+        return step(scheduler, x_t, t, noise_pred, t_prev, eta, noise, clamp)
+
+    monkeypatch.setattr(NoiseScheduler, "step", other_step)
+    with pytest.raises(Failed, match="not from N"):
+        test_exercise_5_step()
+    monkeypatch.setattr(NoiseScheduler, "add_noise", other_add_noise)
+    with pytest.raises(Failed, match="not from N"):
         test_exercise_2_add_noise()
 
 

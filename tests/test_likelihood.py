@@ -61,8 +61,8 @@ def test_the_weights_are_those_of_the_bound():
 def test_the_bits_of_gaussian_pixels_are_a_bound_on_their_entropy():
     """Above it by the variance that steps leave out at small t."""
     torch.manual_seed(0)
-    network, images = GaussianNetwork(), gaussian_images(999)
-    data = images, torch.zeros(999, dtype=torch.int64)
+    network, images = GaussianNetwork(), gaussian_images(1100)  # not as many for each t
+    data = images, torch.zeros(len(images), dtype=torch.int64)
     network_and_data = network, network.scheduler, *data
     figures, by_t = likelihood.count_bits(*network_and_data, 2, network.last_deviation)
     expected = network.bits()
@@ -73,7 +73,7 @@ def test_the_bits_of_gaussian_pixels_are_a_bound_on_their_entropy():
     assert figures["total"] == sum(figures[name] for name in ("steps", "last", "start"))
     assert network.entropy() < figures["total"] < network.entropy() + 0.7
     assert by_t[0] == figures["last"]
-    assert by_t[1:].sum().item() == pytest.approx(figures["steps"], rel=0.01)
+    assert by_t[1:].sum().item() == pytest.approx(figures["steps"])
 
 
 def test_a_network_that_knows_which_label_fits_reads():
@@ -102,6 +102,9 @@ def test_the_command_prints_both_and_draws(monkeypatch, tmp_path, capsys, mnist)
     likelihood.main()
     bits, read = map(json.loads, capsys.readouterr().out.splitlines())
     assert bits["total"] > 0.5 and bits["deviation"] in likelihood.DEVIATIONS
+    alone = likelihood.last_step(*likelihood.load_model(), *few[0], bits["deviation"])
+    for other in likelihood.DEVIATIONS:  # the best for training images
+        assert alone < likelihood.last_step(*likelihood.load_model(), *few[0], other) + 0.01
     assert 0 < bits["up to t = 0"] < bits["up to t = 10"] <= bits["up to t = 100"] <= 1
     assert read["images"] == 10 and set(read["read"]) == {"1", "16"}
     assert picture.stat().st_size > 5000

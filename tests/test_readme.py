@@ -1,5 +1,6 @@
 """The pages' commands, code, links and pictures are those of the repository."""
 
+import itertools
 import re
 import shlex
 import shutil
@@ -93,6 +94,49 @@ def test_the_code_beside_the_equations_is_that_of_the_source():
     assert len(blocks) == 6
     for block in blocks:
         assert any(block in source for source in sources), block
+
+
+def table(page: str, head: str) -> list[list[str]]:
+    """The cells below a line of a page that begins so."""
+    lines = page.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(head))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :])
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def first_number(cell: str) -> float:
+    return float(re.findall(r"[\d.]+", cell)[0])
+
+
+def test_figures_are_those_of_the_results():
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    experiments = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    steps = {(row[0], row[1]): first_number(row[2]) for row in table(results, "| steps | eta |")}
+    ((_, *shown),) = table(README, "| steps | 1 |")
+    counts = ["1", "2", "5", "10", "25", "50", "100"]
+    assert len(shown) == len(counts)
+    for count, cell in zip(counts, shown):
+        places = len(cell.partition(".")[2])
+        assert round(steps[count, "1"], places) == float(cell), count
+    text = " ".join(experiments.split())
+    said = ("1,084 in one step, 19.8 in 2, 3.7 in 5, 3.0 in 10, 1.6 in 25, 1.35 in 50 and in 100",
+            "nearest to real ones with 10 steps (1.5), and with more they get worse (2.5 with 100)",
+            "the other way round (3.0 and 1.35)")  # fmt: skip
+    assert all(sentence in text for sentence in said)
+    assert (round(steps["10", "0"], 1), round(steps["100", "0"], 1)) == (1.5, 2.5)
+
+    guidance = {row[0]: row for row in table(results, "| w | over the floor |")}
+    for w, sure, nearby in table(experiments, "| w |"):
+        assert sure == guidance[w][3]
+        assert first_number(nearby) == round(100 * float(guidance[w][4]), 1)
+
+    default = {row[0].split(" (")[0]: row[1:] for row in table(results, "| | seed 0 |")}
+    names = [("as asked", 1), ("sure", 1), ("coverage", 100), ("over the floor", 1)]
+    for (name, scale), (_, *shown) in zip(names, table(README, "| | drawn |"), strict=True):
+        seeds = [scale * first_number(cell) for cell in default[name][:3]]
+        places = len(shown[0].split()[0].partition(".")[2])
+        assert abs(sum(seeds) / 3 - first_number(shown[0])) <= 0.5 * 10**-places, name
+        assert round(scale * first_number(default[name][3]), places) == first_number(shown[1])
 
 
 def anchors(page: str) -> set[str]:
