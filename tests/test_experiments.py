@@ -217,9 +217,17 @@ def test_the_linear_schedule_loses_the_image_earlier(run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", BLOCKS)
-def test_every_block_runs_as_it_stands_and_draws_its_picture(title, tmp_path, monkeypatch):
+def test_every_block_prints_what_the_page_says_and_draws_its_picture(
+    title, tmp_path, monkeypatch, capsys
+):
+    """Numbers, by a quarter: another machine rounds otherwise."""
     monkeypatch.chdir(tmp_path)
     exec(BLOCKS[title], {})
+    numbers = re.compile(r"\d+\.?\d*(?:e-?\d+)?")
+    printed = numbers.findall(capsys.readouterr().out)
+    for expected in re.findall(r"```text\n(.*?)```", SECTIONS[list(BLOCKS).index(title)], re.S):
+        for number, said in zip(printed, numbers.findall(expected), strict=True):
+            assert float(number) == pytest.approx(float(said), rel=0.25, abs=0.01)
     pictures = {path.name for path in tmp_path.iterdir()}
     section = SECTIONS[list(BLOCKS).index(title)]
     assert pictures == set(re.findall(r"\]\((\w+\.png)\)", section)) - {"bits.png"}

@@ -96,6 +96,15 @@ def test_the_code_beside_the_equations_is_that_of_the_source():
         assert any(block in source for source in sources), block
 
 
+def test_options_of_the_benchmarks_are_there():
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for script, options in re.findall(r"python benchmarks/(\w+\.py)(.*)", text):
+            source = (ROOT / "benchmarks" / script).read_text(encoding="utf-8")
+            for option in re.findall(r"--[a-z-]+", options):
+                assert f'"{option}"' in source, f"{script} {option}"
+
+
 def table(page: str, head: str) -> list[list[str]]:
     """The cells below a line of a page that begins so."""
     lines = page.splitlines()
