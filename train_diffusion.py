@@ -77,9 +77,9 @@ def training_loss(
 ) -> Tensor:
     """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
-    This is DDPM's Algorithm 1 up to its gradient step. The squared error teaches the network a
-    mean, which a step back needs (`NoiseScheduler.posterior`). docs/derivations.md, section 4,
-    comes to it from the likelihood, and section 5 says why it is the error of the noise.
+    DDPM's Algorithm 1 up to its gradient step. The squared error teaches the network a mean, which
+    a step back needs (`NoiseScheduler.posterior`). docs/derivations.md, sections 4 and 5, comes to
+    it from the likelihood, and says why it is the error of the noise.
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -211,11 +211,10 @@ def denoise(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The reverse process, from pure noise to images, a step at a time.
 
-    With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp of
-    x_0_pred. Fewer steps are longer jumps by DDIM's formula; `NoiseScheduler.step` says why these
-    are allowed, and what they lack. With 25 steps that
-    is little: 50 draw slightly better digits, and more than 50 no better ones
-    (benchmarks/RESULTS.md).
+    With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp. Fewer
+    steps are longer jumps; `NoiseScheduler.step` says why these are allowed, and what they lack. 50
+    steps draw slightly better digits than 25, and more than 50 no better ones (measured in
+    benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
