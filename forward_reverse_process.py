@@ -63,8 +63,8 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
     The cosine destroys an image slowly at both ends and steadily in between. By the linear schedule
-    it is gone long before the last step. s keeps the first betas from vanishing, since so little
-    noise is hard to predict. f(1) = 0, so the last beta would be 1; MAX_BETA caps it.
+    it is gone long before the last step. Very little noise is hard to predict, so s keeps the first
+    betas from vanishing. f(1) = 0, so the last beta would be 1; MAX_BETA caps it.
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -148,8 +148,8 @@ class NoiseScheduler(nn.Module):
             x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
 
         All the small steps up to t make one large one, so training may visit any t directly. Take
-        two steps. The first adds noise of variance 1 - alpha_{t-1}. The second scales that by
-        alpha_t and adds 1 - alpha_t: 1 - alpha_t alpha_{t-1} in all, since variances of independent
+        two steps. The first adds noise of variance 1 - alpha_{t-1}. The second scales this variance
+        by alpha_t and adds 1 - alpha_t: 1 - alpha_t alpha_{t-1} in all, since variances of independent
         noises add up. Every further step is one more factor.
 
         Args:
@@ -170,9 +170,10 @@ class NoiseScheduler(nn.Module):
 
             x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
 
-        With the network's noise this is a blurred image, the mean of the many images that fit x_t.
-        For the network was trained by the squared error. A mean has the least, so the network
-        predicts the mean of all noises that fit.
+        With the network's noise this is a blurred image. Many images fit a noisy x_t. The network
+        predicts the mean of all noises that fit, since a mean has the least squared error. x_0 is
+        linear in the noise, so this is the mean of all images that fit. Near t = 0 hardly more than
+        one fits, and it is sharp.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -197,10 +198,10 @@ class NoiseScheduler(nn.Module):
         same Gaussian in another form and jumps over timesteps too.
 
         Sampling does not know x_0. It uses the predicted one, the mean of all images that fit x_t.
-        Then the mean above is still right, that of q(x_{t-1} | x_t), since it is linear in x_0.
-        (This is why the network learns by the squared error.) The variance is too small: it ignores
-        that the images that fit differ. A small step lacks little, hence many small steps
-        (docs/derivations.md, section 3: how little).
+        The mean above is linear in x_0, so it becomes that of q(x_{t-1} | x_t), which is right.
+        (This is why the network learns a mean, by the squared error.) The variance is too small: it
+        lacks what the images that fit differ by, times the squared factor of x_0. This factor is
+        small in a small step, hence many small steps (docs/derivations.md, section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -232,11 +233,11 @@ class NoiseScheduler(nn.Module):
         decides the image. That is what most people mean by DDIM.
 
         t_prev may lie many timesteps back. Training used q(x_t | x_0) alone, never the chain, so a
-        step need only leave x_{t_prev} with the right amount of image and noise. If x_0_pred is
-        right, this one does, for every eta: the squares of its two noise factors add up to
-        1 - alpha-bar_prev (docs/derivations.md, section 6). A longer jump lacks more variance, as
-        in `posterior`. The last t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred
-        is the result.
+        step need only leave x_{t_prev} with the right amount of image and noise. With the true x_0
+        this one does, for every eta: the squares of its two noise factors add up to
+        1 - alpha-bar_prev (docs/derivations.md, section 6). With x_0_pred a longer jump lacks more:
+        variance, as in `posterior`, and for eta = 0, that noise_pred changes on the way. The last
+        t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -256,7 +257,7 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"t_prev must lie in -1 ... t - 1, not at {t_prev} for t = {t}")
 
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
-        if clamp:  # vital where the layers of a network put out the noise itself, see `UNet`
+        if clamp:  # vital without v-prediction: errors were divided by up to 5e-5, see `UNet`
             x_0_pred = x_0_pred.clamp(-1, 1)
             noise_pred = self.predict_noise(x_t, t, x_0_pred)
         if noise is None:
@@ -275,9 +276,9 @@ class NoiseScheduler(nn.Module):
 def look_up(table: Tensor, t: Tensor | int) -> Tensor:
     """`table[t]`, shaped to multiply a batch of images: [T], [B] -> [B, 1, 1, 1].
 
-    `gather` refuses t = -1, a slip by one. `table[t]` would take it for the last entry.
+    t = -1 has no entry: `gather` refuses it, and `table[t]` would take the last one.
     """
-    if isinstance(t, int):  # no copy to the device; a slip is an error here too
+    if isinstance(t, int):  # no copy to the device; len(table) is refused, as is t = -1
         return table.narrow(0, t if t >= 0 else len(table), 1).reshape(1, 1, 1, 1)
     return table.gather(0, t.reshape(-1)).reshape(-1, 1, 1, 1)
 
@@ -402,10 +403,11 @@ class UNet(nn.Module):
         eps_theta(x_t, t)   = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
     Put this into `predict_x0`, and the division cancels out: x_0_pred is sqrt(alpha-bar_t) x_t -
-    sqrt(1 - alpha-bar_t) v_theta, an image at t = 999 too. The loss is still that of the noise.
+    sqrt(1 - alpha-bar_t) v_theta, an image at t = 999 too, where v is nearly -x_0. The loss is
+    still that of the noise.
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi.
-    Steps against it, from pure noise to phi = 0, draw an image. Flow matching does so too
+    To follow -v from pure noise to phi = 0 draws an image. Flow matching does so too
     (docs/derivations.md, section 8).
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from

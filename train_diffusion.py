@@ -185,9 +185,9 @@ def guided_noise(
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. To remove w times their difference, too, makes the label of x_t more
-    probable, by Bayes' rule (docs/derivations.md, section 7). Images get clearer, and more alike. A
-    guided step costs twice as much.
+    drops some labels. By Bayes' rule their difference, removed from x_t, makes its label more
+    probable (docs/derivations.md, section 7). So images that could be of another class are avoided:
+    they get clearer, and more alike. A guided step costs twice as much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -238,7 +238,7 @@ def denoise(
         w = guidance if low <= alphas_cumprod[t] <= high else 0
         noise_pred = guided_noise(model, x_t, t, labels, w)
         yield t, x_t, scheduler.predict_x0(x_t, t, noise_pred).clamp(-1, 1)
-        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)  # last: times 0
+        noise = torch.randn(x_t.shape, generator=generator, device=x_t.device)  # unused at the end
         x_t = scheduler.step(x_t, t, noise_pred, t_prev, eta, noise)
     yield -1, x_t, x_t
 
