@@ -149,8 +149,8 @@ class NoiseScheduler(nn.Module):
 
         All the small steps up to t make one large one, so training may visit any t directly. Take
         two steps. The first adds noise of variance 1 - alpha_{t-1}. The second scales this variance
-        by alpha_t and adds 1 - alpha_t: 1 - alpha_t alpha_{t-1} in all, since variances of independent
-        noises add up. Every further step is one more factor.
+        by alpha_t and adds 1 - alpha_t, which makes 1 - alpha_t alpha_{t-1}: the variances of
+        independent noises add up. Every further step is one more factor.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
