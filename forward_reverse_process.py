@@ -193,15 +193,16 @@ class NoiseScheduler(nn.Module):
                      + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
             variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
 
-        This says where x_t came from, if x_0 is known too. At t = 0 it came from x_0 itself, so the
+        Given x_0 too, this says what x_{t-1} probably was. At t = 0 that is x_0 itself, so the
         variance is 0. Nothing calls this but the tests: it is here to explain `step`, which is the
         same Gaussian in another form and jumps over timesteps too.
 
-        Sampling does not know x_0. It uses the predicted one, the mean of all images that fit x_t.
-        The mean above is linear in x_0, so it becomes that of q(x_{t-1} | x_t), which is right.
-        (This is why the network learns a mean, by the squared error.) The variance is too small: it
-        lacks what the images that fit differ by, times the squared factor of x_0. This factor is
-        small in a small step, hence many small steps (docs/derivations.md, section 3).
+        Sampling does not know x_0, and would draw from q(x_{t-1} | x_t). It uses the predicted x_0,
+        the mean of all images that fit x_t. The mean above is linear in x_0, so a mean x_0 gives
+        the mean of q(x_{t-1} | x_t), as needed. (This is why the network learns a mean, by the
+        squared error.) The variance is too small: it lacks the variance of the images that fit,
+        times the squared factor of x_0. To halve a step quarters what it lacks and only doubles the
+        number of steps. Hence many small steps (docs/derivations.md, section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -235,9 +236,9 @@ class NoiseScheduler(nn.Module):
         t_prev may lie many timesteps back. Training used q(x_t | x_0) alone, never the chain, so a
         step need only leave x_{t_prev} with the right amount of image and noise. With the true x_0
         this one does, for every eta: the squares of its two noise factors add up to
-        1 - alpha-bar_prev (docs/derivations.md, section 6). With x_0_pred a longer jump lacks more:
-        variance, as in `posterior`, and for eta = 0, that noise_pred changes on the way. The last
-        t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is the result.
+        1 - alpha-bar_prev (docs/derivations.md, section 6). With x_0_pred a longer jump errs more:
+        it lacks variance, as in `posterior`; at eta = 0 it keeps noise_pred fixed all the way. The
+        last t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -278,7 +279,7 @@ def look_up(table: Tensor, t: Tensor | int) -> Tensor:
 
     t = -1 has no entry: `gather` refuses it, and `table[t]` would take the last one.
     """
-    if isinstance(t, int):  # no copy to the device; len(table) is refused, as is t = -1
+    if isinstance(t, int):  # no copy to the device; t < 0 becomes len(table): refused
         return table.narrow(0, t if t >= 0 else len(table), 1).reshape(1, 1, 1, 1)
     return table.gather(0, t.reshape(-1)).reshape(-1, 1, 1, 1)
 
@@ -404,10 +405,11 @@ class UNet(nn.Module):
 
     Put this into `predict_x0`, and the division cancels out: x_0_pred is sqrt(alpha-bar_t) x_t -
     sqrt(1 - alpha-bar_t) v_theta, an image at t = 999 too, where v is nearly -x_0. The loss is
-    still that of the noise.
+    still that of the noise, which counts v's squared error alpha-bar_t times. So it hardly trains v
+    at t = 999, and x_0_pred is a rough guess there.
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi.
-    To follow -v from pure noise to phi = 0 draws an image. Flow matching does so too
+    Going along -v from pure noise to phi = 0 draws an image, as in flow matching
     (docs/derivations.md, section 8).
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from

@@ -78,8 +78,8 @@ def training_loss(
     """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
     DDPM's Algorithm 1 up to its gradient step. The squared error teaches the network a mean, which
-    a step back needs (`NoiseScheduler.posterior`). docs/derivations.md, sections 4 and 5, comes to
-    it from the likelihood, and says why it is the error of the noise.
+    a step back needs (`NoiseScheduler.posterior`). docs/derivations.md, sections 4 and 5, derives
+    it from the likelihood, and says why noise is what is predicted.
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -185,9 +185,10 @@ def guided_noise(
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. By Bayes' rule their difference, removed from x_t, makes its label more
-    probable (docs/derivations.md, section 7). So images that could be of another class are avoided:
-    they get clearer, and more alike. A guided step costs twice as much.
+    drops some labels. Noise points to where x_t is less probable, so by Bayes' rule, removing their
+    difference makes the label more probable (docs/derivations.md, section 7). So images that could
+    be of another class are avoided: they get clearer, and more alike. A guided step costs twice as
+    much.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
