@@ -187,8 +187,7 @@ def guided_noise(
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
     drops some labels. Noise points to where x_t is less probable, so by Bayes' rule, removing their
     difference makes the label more probable (docs/derivations.md, section 7). So images that could
-    be of another class are avoided: they get clearer, and more alike. A guided step costs twice as
-    much.
+    be of another class are avoided: they get clearer, and more alike. A guided step costs double.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -213,9 +212,8 @@ def denoise(
     """The reverse process, from pure noise to images, a step at a time.
 
     With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp. Fewer
-    steps are longer jumps; `NoiseScheduler.step` says why these are allowed, and what they lack. 50
-    steps draw slightly better digits than 25, and more than 50 no better ones (measured in
-    benchmarks/RESULTS.md).
+    steps are longer jumps: `NoiseScheduler.step` says why they are allowed, and what they lack. 50
+    draw slightly better digits than 25, and more no better ones (benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -491,8 +489,7 @@ def draw_denoising(
     """The reverse process: denoising.png, x_t and the x_0 predicted from it, and denoising.gif."""
     device, classes = scheduler.betas.device, model.num_classes
     generator = generator_for("denoising pictures", args.seed, device)
-    at_most = max(1, images_together(model.image_shape) // 2)  # a frame has two of each
-    num_images = min(pictures.full_rows(20, classes), at_most)
+    num_images = min(pictures.full_rows(20, classes), images_together(model.image_shape) // 2 or 1)
     x_T = torch.randn(num_images, *model.image_shape, generator=generator, device=device)
     _, labels = datasets.labels_to_draw(None, None, num_images, classes)
     labels = labels if labels is None else labels.to(device)
