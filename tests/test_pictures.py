@@ -133,9 +133,17 @@ def test_the_forward_process_shows_add_noise_with_its_signal_to_noise_ratio(tmp_
 def test_the_reverse_process_shows_x_t_above_the_x_0_that_is_predicted_from_it(tmp_path):
     """By a network that knows one gray for each label, so that x_0 is known from the start."""
     network, args = Grays(10), parsed("--sample-steps", 20, "--timesteps", 20, "--guidance", 0)
-    with mock.patch.object(pictures, "draw_images") as draw_images:
+    with (
+        mock.patch.object(pictures, "draw_images") as draw_images,
+        mock.patch.object(pictures, "draw_gif") as draw_gif,
+    ):
         program.draw_denoising(tmp_path, network, network.scheduler, args)
+    _, frames, classes = draw_gif.call_args.args
     _, shown, rows, columns, _ = draw_images.call_args.args
+    assert len(frames) == 21 and classes == 10 and frames[0].shape == (40, 1, 4, 4)
+    for column, frame in zip(range(11), frames[::2]):  # four of the twenty are in both pictures
+        assert torch.equal(frame[:4], shown[::2, column])
+        assert torch.equal(frame[20:24], shown[1::2, column])
     assert shown.shape == (8, 11, 1, 4, 4) and rows == ["x_t", "predicted x_0"] * 4
     assert list(columns) == [f"t = {t}" for t in range(19, 0, -2)] + ["result"]
     grays = torch.arange(4, dtype=torch.uint8).reshape(4, 1, 1, 1, 1)
