@@ -24,6 +24,7 @@ from torch import Tensor
 
 from forward_reverse_process import NoiseScheduler, UNet
 from support.devices import pieces
+from support.files import REPOSITORY
 from support.pictures import figure_at
 from train_diffusion import load_model, to_model, training_loss
 
@@ -140,14 +141,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("checkpoint", nargs="?", type=Path, help="(the repository's pretrained.pt)")
+    pretrained = REPOSITORY / "pretrained.pt"
+    add("checkpoint", nargs="?", type=Path, default=pretrained, help="(%(default)s)")
     add("--rounds", type=int, default=10, help="timesteps for each image (%(default)s)")
     add("--read", type=int, default=2000, help="images to read (%(default)s)")
     add("--picture", type=Path, help="a .png of the bits by t")
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    network = load_model(args.checkpoint) if args.checkpoint else load_model()
+    network = load_model(args.checkpoint)
     train_images, train_labels = (part[:2000] for part in mnist()[0])
     chosen = [last_step(*network, train_images, train_labels, each) for each in DEVIATIONS]
     deviation = DEVIATIONS[chosen.index(min(chosen))]

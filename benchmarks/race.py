@@ -220,6 +220,8 @@ VARIANTS: dict[str, Callable[[], Contender]] = {  # to compare choices by
     ),
 }
 
+EVERYONE = CONTENDERS | VARIANTS
+
 
 def training(
     contender: Contender, images: Tensor, labels: Tensor, length: float = math.inf
@@ -306,7 +308,7 @@ def kept_or_raced(
         return done
 
     torch.manual_seed(args.seed)
-    contender = (CONTENDERS | VARIANTS)[name]()
+    contender = EVERYONE[name]()
     labels = proportional_labels(args.num_samples, mnist()[0][1])
     done = {"settings": settings, "rows": []}
     train_on = images.trained_on, images.trained_on_labels
@@ -330,8 +332,8 @@ def main() -> None:
     add("--num-samples", type=int, default=1000, help="digits to judge by (%(default)s)")
     add("--draws", type=int, default=3, help="of so many digits (%(default)s)")
     add("--choose", action="store_true", help="train and judge by training images: see quality.py")
-    everyone, usual = [*CONTENDERS, *VARIANTS], list(CONTENDERS)
-    add("--contenders", nargs="+", choices=everyone, default=usual, help="(no variants)")
+    usual = list(CONTENDERS)
+    add("--contenders", nargs="+", choices=list(EVERYONE), default=usual, help="(no variants)")
     add("--seed", type=int, default=0, help="of weights and batches (%(default)s)")
     add("--keep", type=Path, help="a folder for what is done, and to go on from")
     add("--picture", type=Path, help="a .png to draw")

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 
 import torch
 from quality import NUM_CLASSES, mnist
-from race import CONTENDERS, VARIANTS, Contender, training
+from race import CONTENDERS, EVERYONE, Contender, training
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -39,7 +39,7 @@ def peak_memory(name: str) -> int | None:
 
 
 def print_peak_memory(name: str) -> None:
-    steps = training((CONTENDERS | VARIANTS)[name](), *mnist()[0])
+    steps = training(EVERYONE[name](), *mnist()[0])
     for _ in range(3):
         next(steps)
     peak = None
@@ -98,12 +98,26 @@ def shares_of_a_step(steps: Iterator[object], num_steps: int = 20) -> dict[str, 
     return {part: round(share / total, 3) for part, share in shares.items()}
 
 
+def nearness(batch_size: int, rates: list[float], steps: Iterator[object]) -> dict[str, object]:
+    """How near this program's training, at these images a second, comes to the machine's limit."""
+    images, labels = (part[:batch_size] for part in mnist()[0])
+    x_0 = train_diffusion.to_model(images)
+    operations = operations_of_an_image(CONTENDERS["this repository"](), x_0, labels)
+    limit = matrix_rate()
+    return {
+        "operations_per_image": operations,
+        "matrix_operations_per_second": limit,
+        "share_of_it_in_training": round(operations * statistics.median(rates) / limit, 3),
+        "shares_of_a_step": shares_of_a_step(steps),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    everyone, ours = [*CONTENDERS, *VARIANTS], "this repository"
+    everyone, ours = list(EVERYONE), "this repository"
     add("--rounds", type=int, default=5, help="rounds over all contenders (%(default)s)")
     add("--contenders", nargs="+", choices=everyone, default=list(CONTENDERS), help="(no variants)")
     add("--memory-of", choices=everyone, help=argparse.SUPPRESS)
@@ -115,7 +129,7 @@ def main() -> None:
     names = list(dict.fromkeys([ours, *args.contenders]))
     memory = {name: peak_memory(name) for name in names}
     torch.manual_seed(0)
-    contenders = {name: (CONTENDERS | VARIANTS)[name]() for name in names}
+    contenders = {name: EVERYONE[name]() for name in names}
     steps = {name: training(contender, *mnist()[0]) for name, contender in contenders.items()}
     rates: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(args.rounds + 1):
@@ -137,20 +151,9 @@ def main() -> None:
         }
         print(json.dumps(figures), flush=True)
 
-    # How near to the limit.
-    images, labels = (part[: contenders[ours].batch_size] for part in mnist()[0])
-    x_0 = train_diffusion.to_model(images)
-    operations = operations_of_an_image(CONTENDERS[ours](), x_0, labels)
-    limit = matrix_rate()
-    figures = {
-        "operations_per_image": operations,
-        "matrix_operations_per_second": limit,
-        "share_of_it_in_training": round(
-            operations * statistics.median(rates[ours][1:]) / limit, 3
-        ),
-        "shares_of_a_step": shares_of_a_step(steps[ours]),
-    }
-    print(json.dumps(figures), flush=True)
+    print(
+        json.dumps(nearness(contenders[ours].batch_size, rates[ours][1:], steps[ours])), flush=True
+    )
 
     # A guided step of sampling looks at each image twice, with its label and without.
     scheduler = NoiseScheduler()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import ROOT, look_like, right
 from test_likelihood import GaussianNetwork, gaussian_images
+from test_readme import anchors
 
 from train_diffusion import denoise
 
@@ -24,7 +25,7 @@ BLOCKS = {
 def run(tmp_path, monkeypatch, capsys):
     """Runs a block, with some of its words replaced so that it takes less time.
 
-    Returns its variables; `rows`, the images [rows, columns, C, H, W] of its picture; and
+    Returns its variables; `picture`, the images [rows, columns, C, H, W] that it drew; and
     `numbers`, those that it printed, line by line.
     """
     monkeypatch.chdir(tmp_path)
@@ -34,23 +35,18 @@ def run(tmp_path, monkeypatch, capsys):
         for words, fewer in (smaller or {}).items():
             assert words in code, words
             code = code.replace(words, fewer)
-        variables: dict = {}
-        with mock.patch("support.pictures.draw_images") as draw:
-            exec(code, variables)
+        result: dict = {}
+        with mock.patch("support.pictures.draw_images") as draw_images:
+            exec(code, result)
+        if draw_images.called:
+            _, result["picture"], rows, columns, _ = draw_images.call_args.args
+            assert result["picture"].shape[:2] == (len(rows), len(columns))
+        number = r"-?\d+\.?\d*(?:e-?\d+)?"
         lines = capsys.readouterr().out.splitlines()
-        numbers = [
-            [float(n) for n in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", line)] for line in lines
-        ]
-        return SimpleNamespace(**{**variables, "numbers": numbers, "drawn": draw})
+        result["numbers"] = [[float(n) for n in re.findall(number, line)] for line in lines]
+        return SimpleNamespace(**result)
 
-    def with_picture(title, smaller=None):
-        result = run_block(title, smaller)
-        if result.drawn.called:
-            (_, result.picture, rows, columns, _), _ = result.drawn.call_args
-            assert result.picture.shape[:2] == (len(rows), len(columns))
-        return result
-
-    return with_picture
+    return run_block
 
 
 def test_every_section_has_a_question_a_block_and_a_test():
@@ -61,7 +57,7 @@ def test_every_section_has_a_question_a_block_and_a_test():
         assert len(block.splitlines()) <= (50 if i == 0 else 30), title
     assert all("\n**Question.** " in section for section in SECTIONS)
     for i, title in enumerate(BLOCKS, start=1):
-        anchor = re.sub(r"[^\w -]", "", f"{i}. {title}".lower()).replace(" ", "-")
+        (anchor,) = anchors(f"## {i}. {title}")
         assert f"{i}. [{title}](#{anchor})" in PAGE
 
 

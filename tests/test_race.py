@@ -78,8 +78,9 @@ def test_a_race_goes_on_with_what_was_kept_but_not_of_another_race(
     def judge(samples, labels):
         return {"as_asked": {"mean": len(samples) / 10}, "over_floor": {"mean": len(labels)}}
 
-    monkeypatch.setattr(race, "CONTENDERS", {name: make(name) for name in ("one", "two")})
-    monkeypatch.setattr(race, "VARIANTS", {})
+    contenders = {name: make(name) for name in ("one", "two")}
+    monkeypatch.setattr(race, "CONTENDERS", contenders)
+    monkeypatch.setattr(race, "EVERYONE", contenders)
     monkeypatch.setattr(race, "load_classifier", lambda: None)
     monkeypatch.setattr(race, "Judge", lambda classifier, images: judge)
     monkeypatch.setattr(race, "mnist", lambda: mnist)
