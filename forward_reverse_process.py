@@ -1,9 +1,9 @@
 """A denoising diffusion model: the mathematics and the network.
 
 Take an image x_0 and mix in a little Gaussian noise, T times over, until nothing but noise is left.
-That is the forward process, and it needs no learning. Then train a network to say which noise was
-mixed in. Whoever knows the noise can take a little of it away again: that is the reverse process,
-and started from pure noise it draws new images.
+That is the forward process, and it needs no learning. Then train a network to guess all the noise
+in a noisy image. Its guess shows the way back, a little at a time: that is the reverse process, and
+started from pure noise it draws new images.
 
     NoiseScheduler                 the noise at every timestep: q(x_t | x_0), q(x_{t-1} | x_t, x_0)
                                    and one reverse step
@@ -21,19 +21,21 @@ Symbols in the papers and their names here:
     alpha-bar_t       alpha_0 * ... * alpha_t                    alphas_cumprod
     alpha-bar_{t-1}   the same, one step earlier                 alphas_cumprod_prev
     beta-tilde_t      variance of q(x_{t-1} | x_t, x_0)          posterior_variance
+    z                 the fresh noise of a single step           noise (of `step`)
     T                 how many timesteps there are               num_timesteps
 
-One step of the forward process (DDPM, eq. 2) shrinks the image a little and adds a little noise. A
-variance of 1 stays 1, since alpha_t + beta_t = 1:
+One step of the forward process (DDPM, eq. 2) shrinks the image and adds a little noise:
 
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
+
+Since alpha_t + beta_t = 1, a variance of 1 stays 1, and any other moves toward 1. So does the mean
+square of a pixel, which is near 1 already: x_t has about the same scale at every t.
 
 Conventions. Timesteps count from 0; the papers count from 1. x_t at t = 0 has been noised once. At
 t = T - 1 next to nothing is left of the image. t = -1 stands for the clean image, with
 alpha-bar_{-1} = 1. x_0 is always the clean image, as in the papers, and x_0_pred a guess at it. x_T
-is the pure noise that sampling starts from; it serves as x_t at t = T - 1. N(mean, variance) is a
-normal distribution. Images are [B, C, H, W]: batch, channels, height, width; pixels lie in [-1, 1].
-Every method of the scheduler takes the image first, then t.
+is pure noise; sampling takes it for x_t at t = T - 1. N(mean, variance) is a normal distribution.
+Images are [B, C, H, W]: batch, channels, height, width; pixels lie in [-1, 1].
 
 Papers, as cited below; docs/derivations.md has the proofs:
 
@@ -62,9 +64,11 @@ def cosine_betas(num_timesteps: int) -> Tensor:
         alpha-bar(u) = f(u) / f(0),  f(u) = cos^2((u + s) / (1 + s) * pi / 2),  s = 0.008
         alpha-bar_t  = alpha-bar(u = (t + 1) / T),  beta_t = 1 - alpha-bar_t / alpha-bar_{t-1}
 
-    The cosine destroys an image slowly at both ends and steadily in between. By the linear schedule
-    it is gone long before the last step. Very little noise is hard to predict, so s keeps the first
-    betas from vanishing. f(1) = 0, so the last beta would be 1; MAX_BETA caps it.
+    The cosine destroys an image slowly at both ends and steadily in between. With the linear
+    schedule it is gone early, and the timesteps after that are nearly wasted. A cosine is flat at
+    0, so without s the first betas would nearly vanish. Very little noise is hard to predict: a
+    small error of x_0, divided by a tiny sqrt(1 - alpha-bar), is a large one of the noise. f(1) =
+    0, so the last beta would be 1; MAX_BETA caps it. (Hardly any image is left to destroy there.)
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -76,7 +80,7 @@ def linear_betas(num_timesteps: int) -> Tensor:
     """Betas rising on a straight line (DDPM, section 4): float64 [T].
 
     The paper's 1e-4 ... 0.02 is meant for T = 1000. For another T they are scaled by 1000 / T (not
-    in the paper): fewer steps of that size would leave some of the image. The cap acts for T < 21.
+    in the paper): fewer steps of that size would leave some of the image.
     """
     scale = 1000 / num_timesteps
     betas = torch.linspace(scale * 1e-4, scale * 0.02, num_timesteps, dtype=torch.float64)
@@ -120,7 +124,7 @@ class NoiseScheduler(nn.Module):
         alphas_cumprod = torch.cumprod(alphas, dim=0)
         alphas_cumprod_prev = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
         # Sampling starts at T - 1 from noise alone. (Cosine, T = 1000: alpha-bar is 2.4e-9 there.)
-        assert alphas_cumprod[-1] < 0.01, "the schedule leaves signal at t = T - 1"
+        assert alphas_cumprod[-1] < 0.01, "the schedule leaves some of x_0 at t = T - 1"
         noise_share = 1 - alphas_cumprod
         tables = {
             "betas": betas,
@@ -148,9 +152,10 @@ class NoiseScheduler(nn.Module):
             x_t = sqrt(alpha-bar_t) x_0 + sqrt(1 - alpha-bar_t) eps
 
         All the small steps up to t make one large one, so training may visit any t directly. Take
-        two steps. The first adds noise of variance 1 - alpha_{t-1}. The second scales this variance
-        by alpha_t and adds 1 - alpha_t, which makes 1 - alpha_t alpha_{t-1}: the variances of
-        independent noises add up. Every further step is one more factor.
+        two steps. They scale the image by sqrt(alpha_{t-1} alpha_t). The first adds noise of
+        variance 1 - alpha_{t-1}. The second scales this variance by alpha_t and adds 1 - alpha_t,
+        which makes 1 - alpha_{t-1} alpha_t. (Independent Gaussians add up to a Gaussian, and their
+        variances add up too.) Every further step is one more factor.
 
         Args:
             x_0: clean images in [-1, 1], [B, C, H, W].
@@ -162,18 +167,19 @@ class NoiseScheduler(nn.Module):
         """
         if noise is None:
             noise = torch.randn_like(x_0)
-        signal = look_up(self.sqrt_alphas_cumprod, t) * x_0
-        return signal + look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise, noise
+        image_part = look_up(self.sqrt_alphas_cumprod, t) * x_0
+        return image_part + look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise, noise
 
     def predict_x0(self, x_t: Tensor, t: Tensor | int, noise_pred: Tensor) -> Tensor:
         """`add_noise` solved for x_0 (DDPM, eq. 15), not clamped: [B, C, H, W].
 
             x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
 
-        With the network's noise this is a blurred image. Many images fit a noisy x_t. The network
-        predicts the mean of all noises that fit, since a mean has the least squared error. x_0 is
-        linear in the noise, so this is the mean of all images that fit. Near t = 0 hardly more than
-        one fits, and it is sharp.
+        With the network's noise this is a blurred image. Many images, each with its own noise, make
+        up the same x_t. Trained for the least squared error, the network predicts the mean of these
+        noises, weighted by how probable they are. For a given x_t the image is linear in the noise.
+        So the result is the mean of all images that fit, and a mean of different images is blurred.
+        Near t = 0 the noise is too small to hide how they differ: there it is sharp.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -183,8 +189,8 @@ class NoiseScheduler(nn.Module):
 
         eps = (x_t - sqrt(alpha-bar_t) x_0) / sqrt(1 - alpha-bar_t)
         """
-        signal = look_up(self.sqrt_alphas_cumprod, t) * x_0
-        return (x_t - signal) / look_up(self.sqrt_one_minus_alphas_cumprod, t)
+        image_part = look_up(self.sqrt_alphas_cumprod, t) * x_0
+        return (x_t - image_part) / look_up(self.sqrt_one_minus_alphas_cumprod, t)
 
     def posterior(self, x_t: Tensor, t: Tensor | int, x_0: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, C, H, W] and variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7).
@@ -193,16 +199,18 @@ class NoiseScheduler(nn.Module):
                      + sqrt(alpha_t) (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) x_t
             variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
 
-        Given x_0 too, this says what x_{t-1} probably was. At t = 0 that is x_0 itself, so the
-        variance is 0. Nothing calls this but the tests: it is here to explain `step`, which is the
-        same Gaussian in another form and jumps over timesteps too.
+        The posterior: what x_{t-1} probably was, given x_t and x_0. At t = 0 that is x_0 itself, so
+        the variance is 0. Nothing calls this but the tests. It is here to explain `step`, which at
+        eta = 1 is this Gaussian, and may skip timesteps.
 
-        Sampling does not know x_0, and would draw from q(x_{t-1} | x_t). It uses the predicted x_0,
-        the mean of all images that fit x_t. The mean above is linear in x_0, so a mean x_0 gives
-        the mean of q(x_{t-1} | x_t), as needed. (This is why the network learns a mean, by the
-        squared error.) The variance is too small: it lacks the variance of the images that fit,
-        times the squared factor of x_0. To halve a step quarters what it lacks and only doubles the
-        number of steps. Hence many small steps (docs/derivations.md, section 3).
+        Sampling does not know x_0: it should draw from q(x_{t-1} | x_t). It puts the predicted x_0
+        in here, the mean of all images that fit x_t. The posterior's mean is linear in x_0. So the
+        mean image gives the mean of q(x_{t-1} | x_t), as needed. The variance is too small: by the
+        law of total variance it lacks the variance of the images that fit times the square of x_0's
+        factor. While steps are short, this factor is about proportional to beta_t. So a step half
+        as long lacks about a quarter, and twice as many steps lack about half in all. Hence many
+        small steps. They also make q(x_{t-1} | x_t) nearly a Gaussian, so that its mean and
+        variance say it all (docs/derivations.md, section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -221,24 +229,26 @@ class NoiseScheduler(nn.Module):
         """The reverse process: from x_t to x_{t_prev}, less noisy (DDIM, eq. 12 and 16).
 
             x_{t_prev} = sqrt(alpha-bar_prev) x_0_pred                      the predicted image
-                       + sqrt(1 - alpha-bar_prev - sigma^2) noise_pred      some of its noise
+                       + sqrt(1 - alpha-bar_prev - sigma^2) noise_pred      some of the old noise
                        + sigma z,  z ~ N(0, I)                              fresh noise
             sigma      = eta sqrt((1 - alpha-bar_prev) / (1 - alpha-bar_t))
                              sqrt(1 - alpha-bar_t / alpha-bar_prev)
 
         alpha-bar_prev is alpha-bar at t_prev.
 
-        eta = 1 is DDPM's Algorithm 2, ancestral sampling: a draw from `posterior`, with x_0_pred in
-        place of x_0. At t_prev = t - 1 its sigma^2 is beta-tilde_t. (DDPM also tries beta_t, with
-        similar results: section 3.2.) eta = 0 adds no fresh noise, so the starting noise alone
-        decides the image. That is what most people mean by DDIM.
+        eta = 1 is DDPM's way (its Algorithm 2): a draw from `posterior`, with x_0_pred in place of
+        x_0. (Write its x_t as image plus noise, and at t_prev = t - 1 the factors are those above;
+        sigma^2 is beta-tilde_t.) eta = 0 adds no fresh noise: apart from the starting noise nothing
+        is random. That is what most people mean by DDIM.
 
-        t_prev may lie many timesteps back. Training used q(x_t | x_0) alone, never the chain, so a
-        step need only leave x_{t_prev} with the right amount of image and noise. With the true x_0
-        this one does, for every eta: the squares of its two noise factors add up to
-        1 - alpha-bar_prev (docs/derivations.md, section 6). With x_0_pred a longer jump errs more:
-        it lacks variance, as in `posterior`; at eta = 0 it keeps noise_pred fixed all the way. The
-        last t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is the result.
+        t_prev may lie many timesteps back. In training every x_t was made from x_0 in one jump. The
+        network never saw the step before, so x_{t_prev} need only have the right amount of image
+        and of noise. With the true x_0 and eps it has, for every eta: the variances of the two
+        independent noises add up to 1 - alpha-bar_prev (docs/derivations.md, section 6). With the
+        predicted x_0 and noise a long jump errs more than short ones. At eta = 1 it lacks variance
+        (`posterior`). At eta = 0 it is one step of Euler's method, for a differential equation that
+        leads from noise to images (section 8): it goes straight where the way bends. The last
+        t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -247,8 +257,9 @@ class NoiseScheduler(nn.Module):
             t_prev: where to go, -1 (the clean image) ... t - 1, like t. None is t - 1.
             eta: share of DDPM's randomness, 0 to 1.
             noise: z, the fresh noise, shaped like x_t; drawn if not given.
-            clamp: keep x_0_pred in [-1, 1], where images live, as DDPM's code does. noise_pred is
-                recomputed (`predict_noise`), so that the two still make up x_t.
+            clamp: keep x_0_pred in [-1, 1], as DDPM's code does. A mean of images lies there, so
+                this cuts off only errors, and what guidance (train_diffusion.py) overdoes.
+                noise_pred is recomputed (`predict_noise`), so that the two still make up x_t.
         """
         if not 0 <= eta <= 1:
             raise ValueError(f"eta must lie in [0, 1], not {eta}")
@@ -258,7 +269,7 @@ class NoiseScheduler(nn.Module):
             raise ValueError(f"t_prev must lie in -1 ... t - 1, not at {t_prev} for t = {t}")
 
         x_0_pred = self.predict_x0(x_t, t, noise_pred)
-        if clamp:  # vital without v-prediction: at t = 999 errors were divided by 5e-5, see `UNet`
+        if clamp:
             x_0_pred = x_0_pred.clamp(-1, 1)
             noise_pred = self.predict_noise(x_t, t, x_0_pred)
         if noise is None:
@@ -268,7 +279,7 @@ class NoiseScheduler(nn.Module):
         noise_std = look_up(self.sqrt_one_minus_alphas_cumprod, t)
         signal_prev = look_up(self.sqrt_alphas_cumprod_prev, t_prev + 1)  # its entry 0 is t = -1
         noise_std_prev = look_up(self.sqrt_one_minus_alphas_cumprod_prev, t_prev + 1)
-        # DDIM eq. 16. Near t = 0 float32 is 0.1 % off here, where sigma is tiny.
+        # DDIM eq. 16. Near t = 0 float32 errs by 0.1 %: harmless, as sigma is tiny there.
         sigma = eta * noise_std_prev / noise_std * (1 - (signal / signal_prev) ** 2).sqrt()
         old_noise = (noise_std_prev**2 - sigma**2).clamp(min=0).sqrt()  # rounding may leave -1e-8
         return signal_prev * x_0_pred + old_noise * noise_pred + sigma * noise
@@ -279,7 +290,7 @@ def look_up(table: Tensor, t: Tensor | int) -> Tensor:
 
     t = -1 has no entry: `gather` refuses it, and `table[t]` would take the last one.
     """
-    if isinstance(t, int):  # no copy to the device; t < 0 becomes len(table): refused
+    if isinstance(t, int):  # no copy to the device; t < 0 becomes len(table), refused
         return table.narrow(0, t if t >= 0 else len(table), 1).reshape(1, 1, 1, 1)
     return table.gather(0, t.reshape(-1)).reshape(-1, 1, 1, 1)
 
@@ -294,7 +305,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
         w_i = 10000^(-i / (dim / 2)),  k = dim / 2 - 1
 
     Like the hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from
-    late. As plain numbers up to 999, neighbors would hardly differ.
+    late.
 
     int64 [B] -> [B, dim] in PyTorch's default dtype, float32; dim is a positive even number.
     """
@@ -329,7 +340,7 @@ class ResidualBlock(nn.Module):
     """Two convolutions whose result is added to their input.
 
     In between, the embedding of the time (and of a label, see `UNet`) scales and shifts every
-    channel. (Others call that FiLM or adaptive group normalization.)
+    channel.
 
     [B, in_channels, H, W], embedding [B, embed_dim] -> [B, out_channels, H, W]
     """
@@ -384,17 +395,17 @@ class UNet(nn.Module):
     connections hand the detail across: noise is in single pixels, which the coarse view has lost.
 
         x_t    [B, 1, 28, 28]
-          fold 2x2 pixels into channels    [B, 4, 14, 14] (pixel_unshuffle)
+          pixel_unshuffle                  [B, 4, 14, 14] 2x2 pixels become channels
           stem, down_block                 [B, c, 14, 14]  ------------ skip --------------.
             downsample, low_down_blocks    [B, 2c, 7, 7] ------ skips ----.                |
               attention, middle_block      [B, 2c, 7, 7]                  |                |
             low_up_blocks                  [B, 4c to 2c, 7, 7] <-- concat -'                |
           upsample, up_block               [B, 2c to c, 14, 14] <------ concat ------------'
-          head, unfold                     [B, 1, 28, 28] = v_theta
+          head, pixel_shuffle              [B, 1, 28, 28] = v_theta
 
-    The fold (space-to-depth) loses nothing and makes the costliest convolutions four times cheaper.
-    Most layers sit at the lowest resolution: a kernel covers more of the image there, and a layer
-    of 2c channels costs no more than one of c channels above.
+    pixel_unshuffle loses nothing, and leaves a quarter of the positions to convolve. Most layers
+    sit at the lowest resolution: a kernel covers more of the image there, and a layer of 2c
+    channels costs no more than one of c channels at twice the height and width.
 
     v-prediction (Salimans, Ho 2022, section 4). If the layers put out the noise, `predict_x0` would
     divide their error by sqrt(alpha-bar_t), which is 5e-5 at t = 999: x_0_pred would be noise. So
@@ -403,18 +414,22 @@ class UNet(nn.Module):
         v                   = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0
         eps_theta(x_t, t)   = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
-    Put this into `predict_x0`, and the division cancels out: x_0_pred is sqrt(alpha-bar_t) x_t -
-    sqrt(1 - alpha-bar_t) v_theta, an image at t = 999 too, where v is nearly -x_0. The loss is
-    still that of the noise, which counts v's squared error alpha-bar_t times. So it hardly trains v
-    at t = 999, and x_0_pred is a rough guess there.
+    Put this into `predict_x0`, and the division cancels out. (The code divides rounding alone.)
 
-    v is also a velocity. Write the two square roots as cos(phi) and sin(phi): then v = dx_t / dphi.
-    Going along -v from pure noise to phi = 0 draws an image, as in flow matching
-    (docs/derivations.md, section 8).
+        x_0_pred = sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta(x_t, t)
+
+    So an error of v_theta enters noise and image with a factor of at most 1. (If the layers put out
+    x_0, the noise would be divided by almost 0 at small t.) The loss is still that of the noise,
+    which is alpha-bar_t times v's squared error. So it hardly trains v at t = 999, and x_0_pred is
+    a poor guess there. That does little harm: the first of 25 steps takes 0.06 of it.
+
+    v is also a velocity. Write the two square roots as cos(phi) and sin(phi): with x_0 and eps
+    fixed, v = dx_t / dphi. Sampling at eta = 0, in small steps, follows the mean velocity v_theta
+    back from noise to phi = 0, as flow matching does (docs/derivations.md, section 8).
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from
-    this sensible guess, and no random layer disturbs it. (It is the best guess if x_0 itself is
-    from N(0, I): the factor is the covariance of eps and x_t, whose variances are 1.)
+    this sensible guess, and no random layer disturbs it. (If x_0 too were from N(0, I), it would be
+    the best guess: the factor of x_t is then cov(eps, x_t) / var(x_t), and this variance is 1.)
 
     With num_classes, every class has a vector that is added to the embedding of the time. One more
     row of the table, `no_label`, stands for "no label".

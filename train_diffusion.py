@@ -6,10 +6,10 @@
     python train_diffusion.py --dataset my_pictures --image-size 32  # train on your own pictures
     torchrun --standalone --nproc-per-node=2 train_diffusion.py   # several processes or GPUs
 
-The network learns to say which noise was added to an image. forward_reverse_process.py has the
-mathematics and the network; read that first. Here is what is done with them, in this order: one
-step of training (DDPM's Algorithm 1), sampling (Algorithm 2, DDIM, guidance), the loop of training,
-pictures of both processes, the command line. What is not about diffusion is in support/.
+forward_reverse_process.py has the mathematics and the network; read that first. Here is what is
+done with them, in this order: one step of training (DDPM's Algorithm 1), sampling (Algorithm 2,
+DDIM, guidance), the loop of training, pictures of the forward and the reverse process, the command
+line. What is not about diffusion is in support/.
 """
 
 import argparse
@@ -56,11 +56,11 @@ MAX_GRAD_NORM = 1.0  # a longer gradient is shortened to this length
 def draw_timesteps(
     scheduler: NoiseScheduler, images: Tensor, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Timesteps for a batch, evenly spread from a random start: int64 [B], in 0 ... T - 1.
+    """Timesteps for a batch: int64 [B], in 0 ... T - 1, evenly spaced from a random start.
 
-    So every batch has all amounts of noise, and its loss and its gradient vary less (the
-    low-discrepancy sampler of Kingma et al. 2021, arXiv:2107.00630, appendix I.1). Each timestep is
-    uniform, as in DDPM, but they are not independent.
+    After T - 1 comes 0 again. So each timestep is uniform, as in DDPM, but they are not
+    independent: every batch covers all amounts of noise, and its loss and its gradient vary less
+    (the low-discrepancy sampler of Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
     T, B, device = scheduler.num_timesteps, len(images), images.device
     start = torch.randint(T, (1,), generator=generator, device=device)
@@ -77,13 +77,14 @@ def training_loss(
 ) -> Tensor:
     """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
-    DDPM's Algorithm 1 up to its gradient step. The squared error teaches the network a mean, which
-    a step back needs (`NoiseScheduler.posterior`). docs/derivations.md, sections 4 and 5, derives
-    it from the likelihood, and says why noise is what is predicted.
+    DDPM's Algorithm 1 without the gradient step. Of all answers, the mean of the noises that fit
+    has the least squared error. So the network learns this mean, and a step back needs just that
+    (`NoiseScheduler.posterior`). A bound on the probability of the images leads to the same loss,
+    with weights (docs/derivations.md, section 4).
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
-        labels: int64 [B], or None: no label for all.
+        labels: int64 [B], or None: all unlabeled.
         t: int64 [B] in 0 ... T - 1; from `draw_timesteps` if not given.
         noise: shaped like x_0; drawn if not given.
     """
@@ -99,7 +100,7 @@ class Learner:
     """What a training step changes. `state` is what a checkpoint keeps of it."""
 
     model: UNet
-    ema: UNet  # an average of the weights, smoother than the latest ones: it draws
+    ema: UNet  # draws: a moving average of model's weights, steadier (arXiv:2006.09011, sec. 4)
     optimizers: list[torch.optim.Optimizer]
 
     def state(self) -> Checkpoint:
@@ -126,15 +127,16 @@ def training_step(
     """DDPM's Algorithm 1 on a batch. Returns the mean loss, nan if the gradient is not finite.
 
     Args:
-        images, labels: uint8 [B, C, H, W] and int64 [B], or None: no label for all.
+        images: uint8 [B, C, H, W]; labels: int64 [B], or None: all unlabeled.
         step: how many steps came before.
-        lr, label_dropout: the learning rate, and the share of the labels to drop.
+        lr: the learning rate.
+        label_dropout: how probable it is that a label is dropped, for `guided_noise`.
         generator: for all random draws, on the images' device.
     """
     model, device = learner.model, images.device
 
-    # Draw a timestep and noise for every image, and which labels to drop (for guidance). Every
-    # process draws for the whole batch and keeps its share.
+    # Draw a timestep and noise for every image, and which labels to drop. (If there are several
+    # processes, each draws for the whole batch and keeps its share.)
     x_0 = processes.share(to_model(images))
     t = draw_timesteps(scheduler, images, generator)
     noise = torch.randn(images.shape, generator=generator, device=device)
@@ -159,7 +161,7 @@ def training_step(
 
     # Average the weights (DDPM, appendix B): ema = decay ema + (1 - decay) model.
     get_ema_multi_avg_fn(ema_decay(step))(list(learner.ema.parameters()), weights, None)
-    return torch.where(grad_norm.isfinite(), loss, torch.nan)
+    return torch.where(grad_norm.isfinite(), loss, torch.nan)  # nan: `train` gives up
 
 
 # --- Sampling -------------------------------------------------------------------------------------
@@ -183,11 +185,18 @@ def guided_noise(
     """The noise in x_t by classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598, eq. 6).
 
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
+                   = eps_theta(x_t, t, label) + w (labeled - unlabeled)
 
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
-    drops some labels. Noise points to where x_t is less probable, so by Bayes' rule, removing their
-    difference makes the label more probable (docs/derivations.md, section 7). So images that could
-    be of another class are avoided: they get clearer, and more alike. A guided step costs double.
+    drops some labels.
+
+    The mean noise is -sqrt(1 - alpha-bar_t) times the gradient of log q(x_t), with the label that
+    of log q(x_t | label): it points to where x_t is less probable (docs/derivations.md, section 5).
+    By Bayes' rule q(label | x_t) is q(x_t | label) / q(x_t), times q(label), which is the same for
+    every x_t. So the difference, labeled - unlabeled, points to where the label is less probable.
+    It is added to the noise, and a step takes noise away: the label becomes more probable. Images
+    that could be of another class are avoided. What remains is clearer, but more alike. A guided
+    step costs double.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -212,19 +221,21 @@ def denoise(
     """The reverse process, from pure noise to images, a step at a time.
 
     With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp. Fewer
-    steps are longer jumps: `NoiseScheduler.step` says why they are allowed, and what they lack. 50
-    draw slightly better digits than 25, and more no better ones (benchmarks/RESULTS.md).
+    steps are longer jumps: `NoiseScheduler.step` says why they are allowed, and what they lack. How
+    many are enough must be measured. Digits of 50 steps come a little nearer to real ones than
+    those of 25, and those of 100 no nearer than of 50 (benchmarks/RESULTS.md). 25 take half as
+    long.
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
-        labels: what to draw, int64 [B], or None: no label for all.
+        labels: what to draw, int64 [B], or None: all unlabeled.
         num_steps: timesteps to visit, 1 to T.
-        eta: share of DDPM's fresh noise in each step, 0 to 1.
-        guidance: w of `guided_noise`.
+        eta: see `NoiseScheduler.step`.
+        guidance: w of `guided_noise`; without labels there is none.
         generator: for the fresh noise.
-        guidance_interval: guidance is used where alpha-bar_t lies between these. Below, in noise,
-            it costs variety; above, it changes little (Kynkaanniemi et al. 2024, arXiv:2404.07724).
-            (0, 1) guides always.
+        guidance_interval: guide only where alpha-bar_t lies between these. At a lower alpha-bar
+            guidance costs variety, at a higher one it changes little (Kynkaanniemi et al. 2024,
+            arXiv:2404.07724: found by trial).
 
     Yields:
         At each timestep (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
@@ -255,8 +266,7 @@ def sample(
 ) -> Tensor:
     """Draw images, uint8 [N, C, H, W]: with the same seed and options, the same on every call.
 
-    Without labels, a model that has classes draws them in turn. (Its "no label" row is there for
-    guidance.)
+    Without labels, a model that has classes draws them in turn.
 
     Args:
         num_samples: how many; as many as labels if those are given, else 100.
@@ -518,7 +528,7 @@ SCRIPT = sys.argv[0] if __name__ == "__main__" else __file__  # as it is called 
 
 def make_parser() -> options.Parser:
     """The options with their defaults."""
-    commands, _, _ = (__doc__ or "").partition("The network learns")  # python -OO drops it
+    commands, _, _ = (__doc__ or "").partition("forward_reverse_process.py")  # python -OO drops it
     formatter = argparse.RawDescriptionHelpFormatter
     parser = options.Parser(description=commands, formatter_class=formatter, allow_abbrev=False)
     number, path = options.number, options.home_path
