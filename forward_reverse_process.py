@@ -29,7 +29,7 @@ One step of the forward process (DDPM, eq. 2) shrinks the image and adds a littl
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
 
 Since alpha_t + beta_t = 1, a variance of 1 stays 1, and any other moves toward 1. So does the mean
-square of a pixel, which is near 1 already: x_t has about the same scale at every t.
+square of a pixel, 0.93 on MNIST: x_t has about the same scale at every t.
 
 Conventions. Timesteps count from 0; the papers count from 1. x_t at t = 0 has been noised once. At
 t = T - 1 next to nothing is left of the image. t = -1 stands for the clean image, with
@@ -236,10 +236,11 @@ class NoiseScheduler(nn.Module):
 
         alpha-bar_prev is alpha-bar at t_prev.
 
-        eta = 1 is DDPM's way (its Algorithm 2): a draw from `posterior`, with x_0_pred in place of
-        x_0. (Write its x_t as image plus noise, and at t_prev = t - 1 the factors are those above;
-        sigma^2 is beta-tilde_t.) eta = 0 adds no fresh noise: apart from the starting noise nothing
-        is random. That is what most people mean by DDIM.
+        eta = 1 is DDPM's way (its Algorithm 2, with the smaller of its two variances): a draw from
+        `posterior`, with x_0_pred in place of x_0. (Write its x_t as image plus noise, and at
+        t_prev = t - 1 the factors are those above; sigma^2 is beta-tilde_t.) eta = 0 adds no fresh
+        noise: apart from the starting noise nothing is random. That is what most people mean by
+        DDIM.
 
         t_prev may lie many timesteps back. In training every x_t was made from x_0 in one jump. The
         network never saw the step before, so x_{t_prev} need only have the right amount of image
@@ -247,8 +248,9 @@ class NoiseScheduler(nn.Module):
         independent noises add up to 1 - alpha-bar_prev (docs/derivations.md, section 6). With the
         predicted x_0 and noise a long jump errs more than short ones. At eta = 1 it lacks variance
         (`posterior`). At eta = 0 it is one step of Euler's method, for a differential equation that
-        leads from noise to images (section 8): it goes straight where the way bends. The last
-        t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is the result.
+        leads from noise to images (section 8): it takes the velocity at its start for that of the
+        whole way. The last t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is
+        the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -419,9 +421,10 @@ class UNet(nn.Module):
         x_0_pred = sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta(x_t, t)
 
     So an error of v_theta enters noise and image with a factor of at most 1. (If the layers put out
-    x_0, the noise would be divided by almost 0 at small t.) The loss is still that of the noise,
-    which is alpha-bar_t times v's squared error. So it hardly trains v at t = 999, and x_0_pred is
-    a poor guess there. That does little harm: the first of 25 steps takes 0.06 of it.
+    x_0, the noise would have their error divided by sqrt(1 - alpha-bar_t), 0.006 at t = 0.) The
+    loss is still that of the noise, which is alpha-bar_t times v's squared error. So it hardly
+    trains v at t = 999, and x_0_pred is a poor guess there. That does little harm: in the first of
+    25 steps it has a factor of 0.06.
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): with x_0 and eps
     fixed, v = dx_t / dphi. Sampling at eta = 0, in small steps, follows the mean velocity v_theta
