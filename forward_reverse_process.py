@@ -237,10 +237,10 @@ class NoiseScheduler(nn.Module):
         alpha-bar_prev is alpha-bar at t_prev.
 
         eta = 1 is DDPM's way (its Algorithm 2, with the smaller of its two variances): a draw from
-        `posterior`, with x_0_pred in place of x_0. (Write its x_t as image plus noise, and at
-        t_prev = t - 1 the factors are those above; sigma^2 is beta-tilde_t.) eta = 0 adds no fresh
-        noise: apart from the starting noise nothing is random. That is what most people mean by
-        DDIM.
+        `posterior`, with x_0_pred in place of x_0. (Write x_t in the posterior's mean as image plus
+        noise, and at t_prev = t - 1 the factors are those above; sigma^2 is beta-tilde_t.) eta = 0
+        adds no fresh noise: apart from the starting noise nothing is random. That is what most
+        people mean by DDIM.
 
         t_prev may lie many timesteps back. In training every x_t was made from x_0 in one jump. The
         network never saw the step before, so x_{t_prev} need only have the right amount of image
@@ -424,7 +424,7 @@ class UNet(nn.Module):
     x_0, the noise would have their error divided by sqrt(1 - alpha-bar_t), 0.006 at t = 0.) The
     loss is still that of the noise, which is alpha-bar_t times v's squared error. So it hardly
     trains v at t = 999, and x_0_pred is a poor guess there. That does little harm: in the first of
-    25 steps it has a factor of 0.06.
+    25 steps x_0_pred has a factor of 0.06.
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): with x_0 and eps
     fixed, v = dx_t / dphi. Sampling at eta = 0, in small steps, follows the mean velocity v_theta

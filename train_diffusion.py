@@ -222,8 +222,8 @@ def denoise(
 
     With all T steps, eta = 1 and no guidance this is DDPM's Algorithm 2, but for the clamp. Fewer
     steps are longer jumps: `NoiseScheduler.step` says why they are allowed, and what they lack. How
-    many are enough must be measured. From 25 steps to 50 digits come perhaps a little nearer to
-    real ones, from 50 to 100 they do not (benchmarks/RESULTS.md).
+    many are enough must be measured. From 25 steps to 50, digits come perhaps a little nearer to
+    real ones; from 50 to 100 they do not (benchmarks/RESULTS.md).
 
     Args:
         x_T: noise from N(0, I), [B, C, H, W].
@@ -234,7 +234,7 @@ def denoise(
         generator: for the fresh noise.
         guidance_interval: guide only where alpha-bar_t lies between these. At a lower alpha-bar
             guidance costs variety, at a higher one it changes little (Kynkaanniemi et al. 2024,
-            arXiv:2404.07724). These two were found by trial.
+            arXiv:2404.07724). The default limits were found by trial.
 
     Yields:
         At each timestep (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
