@@ -18,7 +18,7 @@ Symbols in the papers and their names here:
     eps_theta         the network's prediction of it             noise_pred
     beta_t            variance of the noise that step t adds     betas
     alpha_t           1 - beta_t                                 alphas
-    alpha-bar_t       alpha_0 * ... * alpha_t                    alphas_cumprod
+    alpha-bar_t       alpha_0 * ... * alpha_t: 1 to nearly 0     alphas_cumprod
     alpha-bar_{t-1}   the same, one step earlier                 alphas_cumprod_prev
     beta-tilde_t      variance of q(x_{t-1} | x_t, x_0)          posterior_variance
     z                 the fresh noise of a single step           noise (of `step`)
@@ -28,8 +28,8 @@ One step of the forward process (DDPM, eq. 2) shrinks the image and adds a littl
 
     x_t = sqrt(alpha_t) x_{t-1} + sqrt(beta_t) z,  z ~ N(0, I), new in every step
 
-Since alpha_t + beta_t = 1, a variance of 1 stays 1, and any other moves toward 1. So does the mean
-square of a pixel, 0.93 on MNIST: x_t has about the same scale at every t.
+Since alpha_t + beta_t = 1, a variance of 1 stays 1, and any other moves toward 1. The mean square
+of a pixel, 0.93 on MNIST, does so too: x_t has about the same scale at every t.
 
 Conventions. Timesteps count from 0; the papers count from 1. x_t at t = 0 has been noised once. At
 t = T - 1 next to nothing is left of the image. t = -1 stands for the clean image, with
@@ -67,8 +67,9 @@ def cosine_betas(num_timesteps: int) -> Tensor:
     The cosine destroys an image slowly at both ends and steadily in between. With the linear
     schedule it is gone early, and the timesteps after that are nearly wasted. A cosine is flat at
     0, so without s the first betas would nearly vanish. Very little noise is hard to predict: a
-    small error of x_0, divided by a tiny sqrt(1 - alpha-bar), is a large one of the noise. f(1) =
-    0, so the last beta would be 1; MAX_BETA caps it. (Hardly any image is left to destroy there.)
+    small doubt about x_0, divided by a tiny sqrt(1 - alpha-bar), is a large one about the noise.
+    f(1) = 0, so the last beta would be 1; MAX_BETA caps it. (If T is large, hardly any image is
+    left to destroy there.)
     """
     s = 0.008
     u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
@@ -176,10 +177,10 @@ class NoiseScheduler(nn.Module):
             x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
 
         With the network's noise this is a blurred image. Many images, each with its own noise, make
-        up the same x_t. Trained for the least squared error, the network predicts the mean of these
+        up the same x_t. Trained for the least squared error, the network learns the mean of these
         noises, weighted by how probable they are. For a given x_t the image is linear in the noise.
         So the result is the mean of all images that fit, and a mean of different images is blurred.
-        Near t = 0 the noise is too small to hide how they differ: there it is sharp.
+        Near t = 0 only images that look alike fit, and their mean is sharp.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -200,17 +201,18 @@ class NoiseScheduler(nn.Module):
             variance = (1 - alpha-bar_{t-1}) / (1 - alpha-bar_t) beta_t
 
         The posterior: what x_{t-1} probably was, given x_t and x_0. At t = 0 that is x_0 itself, so
-        the variance is 0. Nothing calls this but the tests. It is here to explain `step`, which at
-        eta = 1 is this Gaussian, and may skip timesteps.
+        the variance is 0. It is here to explain `step`, which at eta = 1 is this Gaussian, and may
+        skip timesteps. (Only the tests call it.)
 
         Sampling does not know x_0: it should draw from q(x_{t-1} | x_t). It puts the predicted x_0
         in here, the mean of all images that fit x_t. The posterior's mean is linear in x_0. So the
         mean image gives the mean of q(x_{t-1} | x_t), as needed. The variance is too small: by the
         law of total variance it lacks the variance of the images that fit times the square of x_0's
-        factor. While steps are short, this factor is about proportional to beta_t. So a step half
-        as long lacks about a quarter, and twice as many steps lack about half in all. Hence many
-        small steps. They also make q(x_{t-1} | x_t) nearly a Gaussian, so that its mean and
-        variance say it all (docs/derivations.md, section 3).
+        factor. In short steps, but for those near t = 0, this factor is about proportional to
+        beta_t. So a step half as long lacks about a quarter, and twice as many steps lack about
+        half in all. Hence many small steps; a single one would end in the blur of `predict_x0`.
+        They also make q(x_{t-1} | x_t) nearly a Gaussian, so that its mean and variance say it all
+        (docs/derivations.md, section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -243,14 +245,14 @@ class NoiseScheduler(nn.Module):
         people mean by DDIM.
 
         t_prev may lie many timesteps back. In training every x_t was made from x_0 in one jump. The
-        network never saw the step before, so x_{t_prev} need only have the right amount of image
-        and of noise. With the true x_0 and eps it has, for every eta: the variances of the two
-        independent noises add up to 1 - alpha-bar_prev (docs/derivations.md, section 6). With the
-        predicted x_0 and noise a long jump errs more than short ones. At eta = 1 it lacks variance
-        (`posterior`). At eta = 0 it is one step of Euler's method, for a differential equation that
-        leads from noise to images (section 8): it takes the velocity at its start for that of the
-        whole way. The last t_prev is -1. There alpha-bar_prev is 1 and sigma is 0, so x_0_pred is
-        the result.
+        network never saw a step, so x_{t_prev} need only look as if `add_noise` had made it. With
+        the true x_0 and eps it does, for every eta: the variances of the old and the fresh noise
+        add up to 1 - alpha-bar_prev (docs/derivations.md, section 6). With the predicted x_0 and
+        noise a long jump errs more than short ones. At eta = 1 it lacks variance (`posterior`). At
+        eta = 0 it keeps the predicted image and noise of its start for the whole way. (That is a
+        step of Euler's method for the differential equation of flow matching, which leads from
+        noise to images: section 8.) The last t_prev is -1. There alpha-bar_prev is 1 and sigma is
+        0, so x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -307,7 +309,7 @@ class SinusoidalPositionalEmbedding(nn.Module):
         w_i = 10000^(-i / (dim / 2)),  k = dim / 2 - 1
 
     Like the hands of a clock, the fast waves tell neighbors apart and the slow ones tell early from
-    late.
+    late. It takes a sine and a cosine to say where a hand points.
 
     int64 [B] -> [B, dim] in PyTorch's default dtype, float32; dim is a positive even number.
     """
@@ -394,7 +396,7 @@ class UNet(nn.Module):
     """eps_theta(x_t, t): predicts the noise in a noisy image (DDPM, section 3.2, appendix B).
 
     Down to a coarse view of the image, where a few layers see all of it, and up again. Skip
-    connections hand the detail across: noise is in single pixels, which the coarse view has lost.
+    connections hand the detail across: noise is in single pixels, which the coarse view may lose.
 
         x_t    [B, 1, 28, 28]
           pixel_unshuffle                  [B, 4, 14, 14] 2x2 pixels become channels
@@ -410,13 +412,13 @@ class UNet(nn.Module):
     channels costs no more than one of c channels at twice the height and width.
 
     v-prediction (Salimans, Ho 2022, section 4). If the layers put out the noise, `predict_x0` would
-    divide their error by sqrt(alpha-bar_t), which is 5e-5 at t = 999: x_0_pred would be noise. So
-    they put out v_theta, a guess at another mixture of noise and image. The noise follows:
+    divide their error by sqrt(alpha-bar_t), which is 0.15 at t = 900 and 5e-5 at t = 999. So they
+    put out v_theta, a guess at another mixture of noise and image. The noise follows:
 
         v                   = sqrt(alpha-bar_t) eps - sqrt(1 - alpha-bar_t) x_0
         eps_theta(x_t, t)   = sqrt(1 - alpha-bar_t) x_t + sqrt(alpha-bar_t) v_theta(x_t, t)
 
-    Put this into `predict_x0`, and the division cancels out. (The code divides rounding alone.)
+    Put this into `predict_x0`, and the division cancels out. (Only rounding errors are divided.)
 
         x_0_pred = sqrt(alpha-bar_t) x_t - sqrt(1 - alpha-bar_t) v_theta(x_t, t)
 
@@ -428,11 +430,11 @@ class UNet(nn.Module):
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): with x_0 and eps
     fixed, v = dx_t / dphi. Sampling at eta = 0, in small steps, follows the mean velocity v_theta
-    back from noise to phi = 0, as flow matching does (docs/derivations.md, section 8).
+    back from noise to phi = 0, the image. So does flow matching (docs/derivations.md, section 8).
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from
-    this sensible guess, and no random layer disturbs it. (If x_0 too were from N(0, I), it would be
-    the best guess: the factor of x_t is then cov(eps, x_t) / var(x_t), and this variance is 1.)
+    this sensible guess, and no random layer disturbs it. (For x_0 from N(0, I) it is the best one,
+    cov(eps, x_t) / var(x_t) times x_t, since var(x_t) is 1.)
 
     With num_classes, every class has a vector that is added to the embedding of the time. One more
     row of the table, `no_label`, stands for "no label".
@@ -491,7 +493,7 @@ class UNet(nn.Module):
         )
 
     def forward(self, x_t: Tensor, t: Tensor | int, labels: Tensor | None = None) -> Tensor:
-        """The noise in x_t [B, C, H, W]: [B, C, H, W].
+        """Predict the noise in x_t [B, C, H, W]: [B, C, H, W].
 
         t is int64 [B], or one int for all; labels are int64 [B], or None: no label for all.
         """

@@ -58,7 +58,7 @@ def draw_timesteps(
 ) -> Tensor:
     """Timesteps for a batch: int64 [B], in 0 ... T - 1, evenly spaced from a random start.
 
-    After T - 1 comes 0 again. So each timestep is uniform, as in DDPM, but they are not
+    After T - 1 comes 0 again. So each image's timestep is uniform, as in DDPM, but they are not
     independent: every batch covers all amounts of noise, and its loss and its gradient vary less
     (the low-discrepancy sampler of Kingma et al. 2021, arXiv:2107.00630, appendix I.1).
     """
@@ -77,10 +77,10 @@ def training_loss(
 ) -> Tensor:
     """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
-    DDPM's Algorithm 1 without the gradient step. Of all answers, the mean of the noises that fit
-    has the least squared error. So the network learns this mean, and a step back needs just that
-    (`NoiseScheduler.posterior`). A bound on the probability of the images leads to the same loss,
-    with weights (docs/derivations.md, section 4).
+    DDPM's Algorithm 1 without the gradient step. Many noises fit the same x_t. Of all answers to
+    it, their mean has the least squared error on average. So the network learns this mean, and a
+    step back needs just that (`NoiseScheduler.predict_x0`, `posterior`). A bound on the probability
+    of the images leads to the same loss, with weights (docs/derivations.md, section 4).
 
     Args:
         x_0: clean images in [-1, 1], [B, C, H, W].
@@ -100,7 +100,7 @@ class Learner:
     """What a training step changes. `state` is what a checkpoint keeps of it."""
 
     model: UNet
-    ema: UNet  # draws: a moving average of model's weights, steadier (arXiv:2006.09011, sec. 4)
+    ema: UNet  # to sample with: model's moving average, steadier (arXiv:2006.09011, section 4)
     optimizers: list[torch.optim.Optimizer]
 
     def state(self) -> Checkpoint:
@@ -182,7 +182,7 @@ def sampling_timesteps(num_timesteps: int, num_steps: int) -> list[int]:
 def guided_noise(
     model: UNet, x_t: Tensor, t: int, labels: Tensor | None, guidance: float
 ) -> Tensor:
-    """The noise in x_t by classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598, eq. 6).
+    """noise_pred by classifier-free guidance (Ho, Salimans 2022, arXiv:2207.12598, eq. 6).
 
         noise_pred = (1 + w) eps_theta(x_t, t, label) - w eps_theta(x_t, t, no label)
                    = eps_theta(x_t, t, label) + w (labeled - unlabeled)
@@ -190,13 +190,13 @@ def guided_noise(
     w is `guidance`; many libraries write s = 1 + w. One network knows both terms, since training
     drops some labels.
 
-    The mean noise is -sqrt(1 - alpha-bar_t) times the gradient of log q(x_t), with the label that
-    of log q(x_t | label): it points to where x_t is less probable (docs/derivations.md, section 5).
-    By Bayes' rule q(label | x_t) is q(x_t | label) / q(x_t), times q(label), which is the same for
-    every x_t. So the difference, labeled - unlabeled, points to where the label is less probable.
-    It is added to the noise, and a step takes noise away: the label becomes more probable. Images
-    that could be of another class are avoided. What remains is clearer, but more alike. A guided
-    step costs double.
+    The mean noise is -sqrt(1 - alpha-bar_t) times the gradient of log q(x_t) (docs/derivations.md,
+    section 5): it points to where x_t is less probable. With the label, it is that of
+    log q(x_t | label). By Bayes' rule log q(label | x_t) is log q(x_t | label) - log q(x_t), plus
+    log q(label), which does not depend on x_t. So the difference, labeled - unlabeled, points to
+    where the label is less probable. It is added to the noise, and a step takes noise away: the
+    label becomes more probable. Images that could be of another class are avoided. What remains is
+    clearer, but more alike. A guided step costs double.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)
@@ -237,7 +237,7 @@ def denoise(
             arXiv:2404.07724). The default limits were found by trial.
 
     Yields:
-        At each timestep (t, x_t, the x_0 predicted from it), and last (-1, x_0, x_0).
+        At each timestep (t, x_t, x_0_pred in [-1, 1]), and last (-1, image, image).
     """
     timesteps = sampling_timesteps(scheduler.num_timesteps, num_steps)
     low, high = guidance_interval
@@ -451,7 +451,7 @@ def look(
 def held_out_loss(
     model: UNet, scheduler: NoiseScheduler, images: Tensor, labels: Tensor | None, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """The loss of images that are never trained on, at the same t and noise every time.
+    """The loss of images never trained on, all labels kept, at the same t and noise every time.
 
     images are uint8 [N, C, H, W], labels int64 [N] or None. Returns t, int64 [N], evenly spaced,
     and the loss of each image, float32 [N].
