@@ -176,11 +176,11 @@ class NoiseScheduler(nn.Module):
 
             x_0 = (x_t - sqrt(1 - alpha-bar_t) eps) / sqrt(alpha-bar_t)
 
-        With the network's noise this is a blurred image. Many images, each with its own noise, make
-        up the same x_t. Trained for the least squared error, the network learns the mean of these
-        noises, weighted by how probable they are. For a given x_t the image is linear in the noise.
-        So the result is the mean of all images that fit, and a mean of different images is blurred.
-        Near t = 0 only images that look alike fit, and their mean is sharp.
+        With the network's noise this is a blur, except near t = 0. Many images, each with its own
+        noise, make up the same x_t. Trained for the least squared error, the network learns the
+        mean of these noises, weighted by how probable they are. For a given x_t the image is linear
+        in the noise. So the result is the mean of all images that fit, and a mean of different
+        images is blurred. Near t = 0 only images that look alike fit, and their mean is sharp.
         """
         noise_part = look_up(self.sqrt_one_minus_alphas_cumprod, t) * noise_pred
         return (x_t - noise_part) / look_up(self.sqrt_alphas_cumprod, t)
@@ -249,10 +249,10 @@ class NoiseScheduler(nn.Module):
         the true x_0 and eps it does, for every eta: the variances of the old and the fresh noise
         add up to 1 - alpha-bar_prev (docs/derivations.md, section 6). With the predicted x_0 and
         noise a long jump errs more than short ones. At eta = 1 it lacks variance (`posterior`). At
-        eta = 0 it keeps the predicted image and noise of its start for the whole way. (That is a
-        step of Euler's method for the differential equation of flow matching, which leads from
-        noise to images: section 8.) The last t_prev is -1. There alpha-bar_prev is 1 and sigma is
-        0, so x_0_pred is the result.
+        eta = 0 it keeps the predicted image and noise of its start for the whole way. (With x_t
+        rescaled, that is a step of Euler's method for the differential equation of flow matching,
+        from noise to images: section 8.) The last t_prev is -1. There alpha-bar_prev is 1 and sigma
+        is 0, so x_0_pred is the result.
 
         Args:
             x_t: noisy images, [B, C, H, W].
@@ -425,12 +425,12 @@ class UNet(nn.Module):
     So an error of v_theta enters noise and image with a factor of at most 1. (If the layers put out
     x_0, the noise would have their error divided by sqrt(1 - alpha-bar_t), 0.006 at t = 0.) The
     loss is still that of the noise, which is alpha-bar_t times v's squared error. So it hardly
-    trains v at t = 999, and x_0_pred is a poor guess there. That does little harm: in the first of
-    25 steps x_0_pred has a factor of 0.06.
+    trains v at t = 999, and x_0_pred is a poor guess there, if not a huge one. That does little
+    harm: in the first of 25 steps x_0_pred has a factor of 0.06.
 
     v is also a velocity. Write the two square roots as cos(phi) and sin(phi): with x_0 and eps
     fixed, v = dx_t / dphi. Sampling at eta = 0, in small steps, follows the mean velocity v_theta
-    back from noise to phi = 0, the image. So does flow matching (docs/derivations.md, section 8).
+    from noise to phi = 0, the image. (Flow matching rescales x_t: docs/derivations.md, section 8.)
 
     The head starts at zero, so a new network says sqrt(1 - alpha-bar_t) x_t. Training starts from
     this sensible guess, and no random layer disturbs it. (For x_0 from N(0, I) it is the best one,

@@ -78,8 +78,8 @@ def training_loss(
     """The mean squared error of the predicted noise (DDPM, eq. 14), for each image: float32 [B].
 
     DDPM's Algorithm 1 without the gradient step. Many noises fit the same x_t. Of all answers to
-    it, their mean has the least squared error on average. So the network learns this mean, and a
-    step back needs just that (`NoiseScheduler.predict_x0`, `posterior`). A bound on the probability
+    it, their mean has the least squared error on average. So the network learns this mean, all that
+    a small step back needs (`NoiseScheduler.predict_x0`, `posterior`). A bound on the probability
     of the images leads to the same loss, with weights (docs/derivations.md, section 4).
 
     Args:
@@ -193,10 +193,10 @@ def guided_noise(
     The mean noise is -sqrt(1 - alpha-bar_t) times the gradient of log q(x_t) (docs/derivations.md,
     section 5): it points to where x_t is less probable. With the label, it is that of
     log q(x_t | label). By Bayes' rule log q(label | x_t) is log q(x_t | label) - log q(x_t), plus
-    log q(label), which does not depend on x_t. So the difference, labeled - unlabeled, points to
-    where the label is less probable. It is added to the noise, and a step takes noise away: the
-    label becomes more probable. Images that could be of another class are avoided. What remains is
-    clearer, but more alike. A guided step costs double.
+    log q(label), which does not depend on x_t. So for a perfect network the difference, labeled -
+    unlabeled, points to where the label is less probable. It is added to the noise, and a step
+    takes noise away: the label becomes more probable. Images that could be of another class become
+    rare. What remains is clearer, but more alike. A guided step costs double.
     """
     if labels is None or guidance == 0:
         return model(x_t, t, labels)

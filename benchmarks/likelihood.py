@@ -101,8 +101,8 @@ def count_bits(
     parts = {"steps": bits_by_t.sum().item(), "start": start(scheduler, images)}
     parts["last"] = last_step(model, scheduler, images, labels, deviation)
     bits_by_t[0] = parts["last"]
-    figures = {"total": sum(parts.values()), **parts, "low": min(sums), "high": max(sums)}
-    return {**figures, "deviation": deviation}, bits_by_t
+    figures = {"total": sum(parts.values()), **parts, "deviation": deviation}
+    return {**figures, "steps_low": min(sums), "steps_high": max(sums)}, bits_by_t
 
 
 @torch.no_grad()

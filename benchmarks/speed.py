@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_diffusion
 from forward_reverse_process import NoiseScheduler, UNet
+from support.options import number
 
 NUM_SAMPLES = 64  # digits that are drawn to time sampling
 ROUND_SECONDS = 5  # of training for each contender in a round, at least
@@ -118,7 +119,8 @@ def main() -> None:
     )
     add = parser.add_argument
     everyone, ours = list(EVERYONE), "this repository"
-    add("--rounds", type=int, default=5, help="rounds over all contenders (%(default)s)")
+    rounds = "rounds over all contenders (%(default)s)"
+    add("--rounds", type=number(int, 1, 1000), default=5, help=rounds)
     add("--contenders", nargs="+", choices=everyone, default=list(CONTENDERS), help="(no variants)")
     add("--memory-of", choices=everyone, help=argparse.SUPPRESS)
     args = parser.parse_args()

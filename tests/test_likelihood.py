@@ -67,7 +67,7 @@ def test_the_bits_of_gaussian_pixels_are_a_bound_on_their_entropy():
     figures, by_t = likelihood.count_bits(*network_and_data, 2, network.last_deviation)
     expected = network.bits()
     assert figures["steps"] == pytest.approx(expected["steps"], rel=0.02)
-    assert figures["low"] <= figures["steps"] <= figures["high"]
+    assert figures["steps_low"] <= figures["steps"] <= figures["steps_high"]
     assert figures["last"] == pytest.approx(expected["last"], abs=0.05)
     assert figures["start"] == pytest.approx(expected["start"], rel=0.1)
     assert figures["total"] == sum(figures[name] for name in ("steps", "last", "start"))

@@ -1,4 +1,4 @@
-"""benchmarks/race.py and speed.py, with contenders that train in no time."""
+"""benchmarks/race.py, with contenders that train in no time."""
 
 import json
 import sys
