@@ -128,7 +128,7 @@ def test_the_way_leads_from_noise_over_the_average_seven_to_a_seven(run, mnist):
 
 def test_three_formulas_draw_the_same_digits(run):
     result = run("v is a velocity: the same network is a flow")
-    torch.testing.assert_close(result.z, result.x, rtol=0, atol=2e-3)
+    torch.testing.assert_close(result.u, result.x, rtol=0, atol=2e-3)
     assert result.numbers[0][0] < 0.01 and result.numbers[0][1] < 0.01
 
 
