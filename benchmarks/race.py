@@ -336,10 +336,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    minutes = {"type": number(float, 1e-3, 1e4), "nargs": "+", "default": [5, 15]}
-    add("--minutes", help="when to judge (%(default)s)", **minutes)
-    digits_a_draw = {"type": number(int, 10, 10_000), "default": 1000}
-    add("--num-samples", help="digits to judge by (%(default)s)", **digits_a_draw)
+    minutes, size = number(float, 1e-3, 1e4), number(int, 10, 10_000)
+    add("--minutes", type=minutes, nargs="+", default=[5, 15], help="when to judge (%(default)s)")
+    add("--num-samples", type=size, default=1000, help="digits to judge by (%(default)s)")
     add("--draws", type=number(int, 1, 100), default=3, help="of so many digits (%(default)s)")
     add("--choose", action="store_true", help="train and judge by training images: see quality.py")
     usual = list(CONTENDERS)
