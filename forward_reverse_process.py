@@ -204,13 +204,14 @@ class NoiseScheduler(nn.Module):
         the variance is 0. It is here to explain `step`, which at eta = 1 is this Gaussian, and may
         skip timesteps. (Only the tests call it.)
 
-        Sampling does not know x_0: it should draw from q(x_{t-1} | x_t). It puts the predicted x_0
-        in here, the mean of all images that fit x_t. The posterior's mean is linear in x_0. So the
-        mean image gives the mean of q(x_{t-1} | x_t), as needed. The variance is too small: by the
-        law of total variance it lacks the variance of the images that fit times the square of x_0's
-        factor. In short steps, but for those near t = 0, this factor is about proportional to
-        beta_t. So a step half as long lacks about a quarter, and twice as many steps lack about
-        half in all. Hence many small steps; a single one would end in the blur of `predict_x0`.
+        Sampling does not know x_0: it should draw from q(x_{t-1} | x_t), the mix of the posteriors of
+        all x_0 that fit x_t. It puts the predicted x_0 in here, the mean of these images. The
+        posterior's mean is linear in x_0. So the mean image gives the mean of q(x_{t-1} | x_t), as
+        needed. The variance is too small: by the law of total variance it lacks the variance of the
+        images that fit times the square of x_0's factor. In short steps, but for those near t = 0,
+        this factor is about proportional to beta_t. So, squared, a step half as long lacks about a
+        quarter as much, and twice as many steps lack about half as much in all. Hence many small
+        steps; a single one would end in the blur of `predict_x0`.
         They also make q(x_{t-1} | x_t) nearly a Gaussian, so that its mean and variance say it all
         (docs/derivations.md, section 3).
         """
