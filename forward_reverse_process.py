@@ -204,7 +204,7 @@ class NoiseScheduler(nn.Module):
         the variance is 0. It is here to explain `step`, which at eta = 1 is this Gaussian, and may
         skip timesteps. (Only the tests call it.)
 
-        Sampling does not know x_0: it should draw from q(x_{t-1} | x_t), the mix of the posteriors of
+        Sampling does not know x_0: it should draw from q(x_{t-1} | x_t), a mix of the posteriors of
         all x_0 that fit x_t. It puts the predicted x_0 in here, the mean of these images. The
         posterior's mean is linear in x_0. So the mean image gives the mean of q(x_{t-1} | x_t), as
         needed. The variance is too small: by the law of total variance it lacks the variance of the
