@@ -211,9 +211,8 @@ class NoiseScheduler(nn.Module):
         images that fit times the square of x_0's factor. In short steps, but for those near t = 0,
         this factor is about proportional to beta_t. So, squared, a step half as long lacks about a
         quarter as much, and twice as many steps lack about half as much in all. Hence many small
-        steps; a single one would end in the blur of `predict_x0`.
-        They also make q(x_{t-1} | x_t) nearly a Gaussian, so that its mean and variance say it all
-        (docs/derivations.md, section 3).
+        steps; a single one would end in the blur of `predict_x0`. They also make q(x_{t-1} | x_t)
+        nearly a Gaussian: its mean and variance say it all (docs/derivations.md, section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
