@@ -208,11 +208,13 @@ class NoiseScheduler(nn.Module):
         all x_0 that fit x_t. It puts the predicted x_0 in here, the mean of these images. The
         posterior's mean is linear in x_0. So the mean image gives the mean of q(x_{t-1} | x_t), as
         needed. The variance is too small: by the law of total variance it lacks the variance of the
-        images that fit times the square of x_0's factor. In short steps, but for those near t = 0,
-        this factor is about proportional to beta_t. So, squared, a step half as long lacks about a
-        quarter as much, and twice as many steps lack about half as much in all. Hence many small
-        steps; a single one would end in the blur of `predict_x0`. They also make q(x_{t-1} | x_t)
-        nearly a Gaussian: its mean and variance say it all (docs/derivations.md, section 3).
+        images that fit times the square of x_0's factor. Above, this factor is proportional to
+        beta_t, and in short steps hardly anything else in it depends on their length. So, squared,
+        a step half as long lacks about a quarter as much, and twice as many steps lack about half
+        as much in all. (Near t = 0 this fails, but there the images that fit are alike.) Hence many
+        small steps; a single one would end in the blur of `predict_x0`. They also make
+        q(x_{t-1} | x_t) nearly a Gaussian: its mean and variance say it all (docs/derivations.md,
+        section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
@@ -248,7 +250,8 @@ class NoiseScheduler(nn.Module):
         network never saw a step, so x_{t_prev} need only look as if `add_noise` had made it. With
         the true x_0 and eps it does, for every eta: the variances of the old and the fresh noise
         add up to 1 - alpha-bar_prev (docs/derivations.md, section 6). With the predicted x_0 and
-        noise a long jump errs more than short ones. At eta = 1 it lacks variance (`posterior`). At
+        noise the mean is still right, and the rest nearly, if the jump is not too long: how long it
+        may be is measured (`denoise`). At eta = 1 a long jump lacks variance (`posterior`). At
         eta = 0 it keeps the predicted image and noise of its start for the whole way. (With x_t
         rescaled, that is a step of Euler's method for the differential equation of flow matching,
         from noise to images: section 8.) The last t_prev is -1. There alpha-bar_prev is 1 and sigma
