@@ -208,13 +208,12 @@ class NoiseScheduler(nn.Module):
         all x_0 that fit x_t. It puts the predicted x_0 in here, the mean of these images. The
         posterior's mean is linear in x_0. So the mean image gives the mean of q(x_{t-1} | x_t), as
         needed. The variance is too small: by the law of total variance it lacks the variance of the
-        images that fit times the square of x_0's factor. Above, this factor is proportional to
-        beta_t, and in short steps hardly anything else in it depends on their length. So, squared,
-        a step half as long lacks about a quarter as much, and twice as many steps lack about half
-        as much in all. (Near t = 0 this fails, but there the images that fit are alike.) Hence many
-        small steps; a single one would end in the blur of `predict_x0`. They also make
-        q(x_{t-1} | x_t) nearly a Gaussian: its mean and variance say it all (docs/derivations.md,
-        section 3).
+        images that fit times the square of x_0's factor. In this factor beta_t is proportional to
+        a short step's length, and 1 - alpha-bar_t does not depend on it. So, squared, a step
+        half as long lacks about a quarter as much, and twice as many steps lack about half as much
+        in all. (Near t = 0 this fails, but there the images that fit are alike.) Hence many small
+        steps; a single one would end in the blur of `predict_x0`. They also make q(x_{t-1} | x_t)
+        nearly a Gaussian: its mean and variance say it all (docs/derivations.md, section 3).
         """
         mean_x_0 = look_up(self.posterior_mean_coef_x_0, t) * x_0
         mean_x_t = look_up(self.posterior_mean_coef_x_t, t) * x_t
